@@ -29,8 +29,10 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Counts what the contract covers; see `matrix`."""
+    """Counts what the contract covers, see `matrix`; adds the markers of `pytest_itemcollected`."""
     config.pluginmanager.register(Matrix(), "matrix")
+    config.addinivalue_line("markers", "mostly_once: once, but for the tests marked `every`")
+    config.addinivalue_line("markers", "every: runs on every version of TransformerLens")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -48,6 +50,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Marks what is `fast`; the `newest` version's own are `once`, and skipped on the others."""
     if is_fast(item):
         item.add_marker("fast")
+    if item.get_closest_marker("mostly_once") and not item.get_closest_marker("every"):
+        item.add_marker("once")
     if item.get_closest_marker("newest"):
         item.add_marker("once")
         item.add_marker(pytest.mark.skipif(major() < max(EXPECTED), reason=_NEWEST))

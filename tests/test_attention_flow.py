@@ -13,6 +13,8 @@ from asked import case_of, keywords, shared
 import tl_contextmix as cm
 from tl_contextmix.methods.attention_flow import _flows
 
+pytestmark = pytest.mark.once
+
 
 def literal(patterns: np.ndarray, target: int, source: int) -> float:
     """The maximum flow through mean patterns [layer target source], edge by edge."""
@@ -23,7 +25,6 @@ def literal(patterns: np.ndarray, target: int, source: int) -> float:
     return networkx.maximum_flow_value(graph, (0, source), (len(patterns), target))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["gpt2", "bert", "bart"])
 def test_flows_are_those_of_networkx(family: str):
     model, given = shared(case_of(family))
@@ -38,7 +39,6 @@ def test_flows_are_those_of_networkx(family: str):
         np.testing.assert_allclose(found.scores[row, depth, 0].numpy(), expected, atol=1e-7)
 
 
-@pytest.mark.once
 def test_flows_that_can_be_seen():
     first = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
     one, two = _flows(np.stack([first, first]), None)
@@ -48,14 +48,12 @@ def test_flows_that_can_be_seen():
     assert two[2].tolist() == [0.0, 0.0, 1.0]
 
 
-@pytest.mark.once
 def test_a_decoder_and_its_encoder_are_not_one_graph():
     model, given = shared(case_of("bart"))
     with pytest.raises(cm.InvalidInput, match="attention flow stays within one stack"):
         cm.attention_flow(model, given.tokens, stack="cross", decoder_input=given.decoder_tokens)
 
 
-@pytest.mark.once
 def test_tokens_that_are_masked_carry_nothing():
     model = cm.load_demo("causal-lm")
     alone = cm.attention_flow(model, "the keys")

@@ -269,7 +269,6 @@ def test_token_ids_are_mined_as_they_are(model: Any, tmp_path: Path) -> None:
         assert row.value == pytest.approx(value, abs=1e-5)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_of_token_ids_is_not_read(side: str, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")

@@ -19,6 +19,8 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.encoder_decoder.generation_config import _OF_SOURCE_TOKENS, _REFUSED
 from tl_contextmix.results import LayerwiseDecoding
 
+pytestmark = pytest.mark.once
+
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
 # One bridge is enough: transformers applies settings, the same way for every family.
@@ -89,7 +91,6 @@ _ENDING = {"early_stopping", "length_penalty", "min_length", "min_new_tokens"}
 _ENDING |= {"exponential_decay_length_penalty"}
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_a_setting_is_followed_from_every_layer(bridge: Any, name: str) -> None:
     settings = bridge.original_model.generation_config
@@ -127,7 +128,6 @@ SET_TO_SOMETHING = {
 }
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", _REFUSED)
 def test_a_setting_that_cannot_be_followed_is_refused_by_name(bridge: Any, name: str) -> None:
     settings = bridge.original_model.generation_config
@@ -155,7 +155,6 @@ _NOT_ABOUT_TOKENS = set(
 )
 
 
-@pytest.mark.once
 def test_every_setting_of_transformers_has_its_place() -> None:
     from transformers import GenerationConfig
 
@@ -164,7 +163,6 @@ def test_every_setting_of_transformers_has_its_place() -> None:
     assert set(_OF_SOURCE_TOKENS) < set(FOLLOWED)
 
 
-@pytest.mark.once
 def test_sampling_and_beams_of_the_settings_are_the_arguments_affair(bridge: Any) -> None:
     plain = cm.decoder_lens(bridge, tokens(), max_new_tokens=LENGTH)
     settings = bridge.original_model.generation_config
@@ -184,7 +182,6 @@ def double(tensor: Tensor, hook: Any) -> Tensor:
 NORMED = [case for case in CASES if case.family not in ("bart", "marian")]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("case", NORMED, ids=str)
 def test_hooks_on_the_encoders_final_norm_take_part(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
@@ -206,7 +203,6 @@ def test_hooks_on_the_encoders_final_norm_take_part(case: zoo.Case) -> None:
     torch.testing.assert_close(ask().logits, plain.logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.once
 @EACH
 def test_hooks_that_would_not_be_run_are_refused(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
@@ -230,7 +226,6 @@ def test_hooks_that_would_not_be_run_are_refused(case: zoo.Case) -> None:
 # T5 whose readout is not scaled
 
 
-@pytest.mark.once
 def test_an_mt5_has_no_scale_before_its_unembedding() -> None:
     if zoo.major() < 4:
         pytest.skip("no bridge of T5")

@@ -26,6 +26,8 @@ from tl_contextmix import demo_models
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, grammar, lexicon, lexicon_fr
 from tl_contextmix.errors import InvalidInput
 
+pytestmark = pytest.mark.mostly_once
+
 ROOT = Path(__file__).resolve().parent.parent
 
 TOLERANCE = 0.005
@@ -52,7 +54,6 @@ FRENCH = [
 # ---- sentences
 
 
-@pytest.mark.once
 def test_known_sentences_of_the_english_grammar():
     # Every seed must go on giving the same sentences: the weights were trained on them.
     english = grammar.Grammar(0, "train")
@@ -61,14 +62,12 @@ def test_known_sentences_of_the_english_grammar():
     assert grammar.Grammar(1, "train").sentence() != grammar.Grammar(0, "train").sentence()
 
 
-@pytest.mark.once
 def test_known_sentences_of_the_translation_grammar():
     french = grammar_fr.TranslationGrammar(0, "train")
     pairs = french.translations(3)
     assert [(pair.source_text, pair.target_text) for pair in pairs] == FRENCH
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_sites_point_at_words(split):
     for sentence in grammar.Grammar(3, split).sentences(2000):
@@ -85,7 +84,6 @@ def test_sites_point_at_words(split):
             assert {sentence.words[i] for i in site.lures} == {site.wrong}
 
 
-@pytest.mark.once
 def test_lures_have_the_other_number():
     plurals = {plural for nouns in lexicon.NOUNS.values() for _, plural in nouns}
     for sentence in grammar.Grammar(4, "test").sentences(2000):
@@ -97,7 +95,6 @@ def test_lures_have_the_other_number():
                 assert (sentence.words[lure] in plurals) != (cue in plurals)
 
 
-@pytest.mark.once
 def test_training_holds_pairs_out():
     sites = [site for s in grammar.Grammar(5, "train").sentences(3000) for site in s.sites]
     assert not any(site.held_out for site in sites if site.kind != "name")
@@ -115,7 +112,6 @@ def _name_pairs(split):
     return found
 
 
-@pytest.mark.once
 def test_vocabulary_is_complete():
     mixture = grammar.Shares(agreement=0.6, reflexive=0.1, fact=0.2)
     sentences = grammar.Grammar(7, shares=mixture).sentences(6000)
@@ -128,7 +124,6 @@ def test_vocabulary_is_complete():
     assert demo_models.known_words("encoder-decoder") == lexicon_fr.known_words()
 
 
-@pytest.mark.once
 def test_translations_are_explained():
     for pair in grammar_fr.TranslationGrammar(8, "test").translations(2000):
         assert len(pair.french) == len(pair.sources) == len(pair.contexts)
@@ -141,7 +136,6 @@ def test_translations_are_explained():
             assert (context == "dictionary") == (len(sources) == 1) or context == "clitic"
 
 
-@pytest.mark.once
 def test_the_same_words_give_the_same_french():
     # The sources must suffice: two French words with equal sources and context are equal.
     meaning: dict[tuple, set[str]] = {}
@@ -156,20 +150,17 @@ def test_the_same_words_give_the_same_french():
 # ---- files
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_files_of_a_demo_model(name):
     files = {path.name for path in demo_folder(name).iterdir()}
     assert files - {"generation_config.json"} == SHIPPED
 
 
-@pytest.mark.once
 def test_all_weights_together_are_small():
     total = sum(path.stat().st_size for name in DEMO_NAMES for path in demo_folder(name).rglob("*"))
     assert total < 12e6
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_files_name_no_path_or_address(name):
     for path in demo_folder(name).iterdir():
@@ -181,7 +172,6 @@ def test_files_name_no_path_or_address(name):
         assert "://" not in text, path
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_weights_are_finite_and_in_half_precision(name):
     weights = load_file(demo_folder(name) / "model.safetensors")
@@ -189,7 +179,6 @@ def test_weights_are_finite_and_in_half_precision(name):
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_every_word_is_one_token(name):
     tokenizer = AutoTokenizer.from_pretrained(demo_folder(name))
@@ -200,7 +189,6 @@ def test_every_word_is_one_token(name):
     assert tokenizer.unk_token_id not in ids
 
 
-@pytest.mark.once
 def test_unknown_demo_name():
     for function in (demo_folder, demo_models.known_words):
         with pytest.raises(InvalidInput, match=r"'causal'.*causal-lm.*masked-lm.*encoder-decoder"):
@@ -210,7 +198,6 @@ def test_unknown_demo_name():
 # ---- how they were made
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_record_is_the_recipe(name):
     record = json.loads((demo_folder(name) / "train.json").read_text("utf-8"))
@@ -232,7 +219,6 @@ def _fields(found):
     return values
 
 
-@pytest.mark.once
 def test_learning_rate_schedule():
     phase = Phase(0, 1, 0, steps=1000, peak_learning_rate=1e-3, warmup_steps=100)
     rates = [phase.learning_rate(step) for step in range(1000)]
@@ -242,7 +228,6 @@ def test_learning_rate_schedule():
     assert rates[100:] == sorted(rates[100:], reverse=True)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_training_is_deterministic_and_makes_a_loadable_folder(name, tmp_path, monkeypatch):
     folders = [tmp_path / "first", tmp_path / "second"]
@@ -261,14 +246,12 @@ def test_training_is_deterministic_and_makes_a_loadable_folder(name, tmp_path, m
     assert all(getattr(shipped, key) == getattr(trained, key) for key in same)
 
 
-@pytest.mark.once
 def test_the_masked_tokenizer_is_the_shipped_one():
     made = tokenization.masked_tokenizer(lexicon.known_words())
     shipped = json.loads((demo_folder("masked-lm") / "tokenizer.json").read_text("utf-8"))
     assert shipped["model"]["vocab"] == made.get_vocab()
 
 
-@pytest.mark.once
 def test_masking_prefers_determined_words():
     task = tasks.MaskedTask()
     task.read(Phase(0, 300, 0, 1, 1e-3))
@@ -284,7 +267,6 @@ def test_masking_prefers_determined_words():
 # ---- what they can do
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_card_is_reproduced(name):
     text = cards.card_path(name).read_text(encoding="utf-8")
@@ -306,6 +288,7 @@ def _agree(row, found, said):
     return count == said_count and all(near)
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("name", ["causal-lm", "masked-lm"])
 def test_language_models_are_good_enough(name):
     rows = cards.read_figures(cards.card_path(name).read_text("utf-8"))[0].rows
@@ -317,6 +300,7 @@ def test_language_models_are_good_enough(name):
     assert rows["verb changes when the attractors' number is changed"][0] <= 0.01
 
 
+@pytest.mark.every
 def test_the_translator_is_good_enough():
     exact, by_layer = cards.read_figures(cards.card_path("encoder-decoder").read_text("utf-8"))
     assert exact.rows["whole sentence right"][0] >= 0.85
@@ -325,14 +309,12 @@ def test_the_translator_is_good_enough():
     assert layers[1] <= 0.80  # the meaning of an ambiguous noun needs depth
 
 
-@pytest.mark.once
 def test_card_tables_survive_writing():
     table = cards.Table(("figure", "value", "cases"), {"a": (0.5, 3), "b, c": (1.0, 0)})
     begin, end = "<!-- figures:begin -->\n", "\n<!-- figures:end -->"
     assert cards.read_figures(f"x {begin}{table.markdown()}{end} y") == [table]
 
 
-@pytest.mark.once
 def test_cards_are_written_as_they_stand_in_the_repository(tmp_path, monkeypatch):
     path = tmp_path / "card.md"
     monkeypatch.setattr(evaluate, "evaluate", lambda name, count=None: tables)
@@ -346,7 +328,6 @@ def test_cards_are_written_as_they_stand_in_the_repository(tmp_path, monkeypatch
         assert path.read_text("utf-8") == text
 
 
-@pytest.mark.once
 def test_evaluate_command_line(capsys):
     evaluate.main(["causal-lm", "--sentences", "40"])
     assert "agreement, with an attractor" in capsys.readouterr().out
@@ -354,7 +335,6 @@ def test_evaluate_command_line(capsys):
         evaluate.main(["causal-lm", "--sentences", "40", "--write"])
 
 
-@pytest.mark.once
 def test_importing_the_package_is_cheap():
     code = (
         "import sys, tl_contextmix.demo_models.grammar, tl_contextmix.demo_models.lexicon_fr;"
@@ -363,7 +343,6 @@ def test_importing_the_package_is_cheap():
     assert _python("-c", code).strip() == "[]"
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", ["train", "evaluate"])
 def test_scripts_start_from_the_top_folder(name):
     assert f"usage: {name}.py" in _python(f"scripts/demo_models/{name}.py", "--help")

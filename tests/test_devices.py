@@ -17,6 +17,8 @@ from test_conformance import ASKED, Method, ask
 
 import tl_contextmix as cm
 
+pytestmark = pytest.mark.mostly_once
+
 CASES = {case.family: case for case in zoo.cases()}
 MAPS = {"alti", "attention", "attention_flow", "attention_norms", "decompx", "globenc"}
 MAPS |= {"value_zeroing"}
@@ -46,7 +48,6 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_nothing_depends_on_the_order_of_sums_or_on_old_memory(
     family: str, request: pytest.FixtureRequest
@@ -65,7 +66,6 @@ def test_nothing_depends_on_the_order_of_sums_or_on_old_memory(
 SCRIPT = Path(__file__).with_name("fake_gpu.py")
 
 
-@pytest.mark.once
 def test_everything_stays_where_the_model_is_and_has_a_fixed_order() -> None:
     """On a GPU that refuses what CUDA refuses, in a process of its own."""
     calls = int(unchecked.run(str(SCRIPT), "bart").split()[-4])
@@ -103,14 +103,12 @@ def same_everywhere(model: Any, case: zoo.Case, limit: float, dtype: torch.dtype
         assert relative(found.cpu(), expected) <= limit, method.name
 
 
-@pytest.mark.once
 def test_modules_that_move_their_inputs_change_nothing() -> None:
     """What a device map does to a model, all places being the CPU."""
     model = spread("gpt2", layers_on("cpu", "cpu"))
     same_everywhere(model, CASES["gpt2"], 1e-12, torch.float64)
 
 
-@pytest.mark.once
 def test_offloaded_weights_are_refused_by_name() -> None:
     """A device map with a part on the CPU leaves that part without numbers between passes."""
     import accelerate
@@ -129,6 +127,7 @@ def gpus(count: int) -> pytest.MarkDecorator:
     return pytest.mark.skipif(fewer, reason=f"needs CUDA devices: {count}")
 
 
+@pytest.mark.every
 @pytest.mark.gpu
 @gpus(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -140,6 +139,7 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(family: str, dtype: torch.dtype) -> 
     same_everywhere(model, case, 1e-6 if dtype == torch.float64 else 5e-3, dtype)
 
 
+@pytest.mark.every
 @pytest.mark.gpu
 @gpus(1)
 def test_padding_and_the_decoder_side_may_be_anywhere() -> None:
@@ -155,7 +155,6 @@ def test_padding_and_the_decoder_side_may_be_anywhere() -> None:
 
 @pytest.mark.gpu
 @gpus(2)
-@pytest.mark.once
 def test_a_model_spread_over_two_gpus_gives_the_numbers_of_the_cpu() -> None:
     model = spread("gpt2", layers_on(0, 1))
     same_everywhere(model, CASES["gpt2"], 1e-9, torch.float64)

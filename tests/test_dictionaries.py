@@ -19,6 +19,8 @@ from tl_contextmix.plotting.panels import Graph
 from tl_contextmix.results import Result
 from tl_contextmix.results.components import ERRORS
 
+pytestmark = pytest.mark.mostly_once
+
 TEXT = "the keys to the cabinet"
 ARE: Any = {"target": " are", "foil": " is"}
 # What a feed-forward block reads and what it writes, by the classes' own names.
@@ -57,6 +59,7 @@ def pair(model: Any, stack: str, layer: int) -> list[cm.Dictionary]:
     return [sae]
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_sums_hold_in_every_kind_of_model(case: zoo.Case):
     model, given = shared(case)
@@ -208,7 +211,6 @@ def transcoder() -> cm.Dictionary:
     )
 
 
-@pytest.mark.once
 def test_contributions_have_features_and_their_error(causal, transcoder):
     found = cm.log_prob_contributions(causal, TEXT, **ARE, by="ff_neuron", dictionary=transcoder)
     frame = found.to_dataframe()
@@ -232,7 +234,6 @@ def test_contributions_have_features_and_their_error(causal, transcoder):
     assert "jumprelu" in best.provenance.options["dictionary"][0]
 
 
-@pytest.mark.once
 def test_values_and_triggers_are_those_of_features(causal, transcoder, tmp_path):
     read = cm.ff_values(causal, dictionary=transcoder, k=3, projection="none")
     assert read.neuron.tolist() == [*range(24)]
@@ -278,7 +279,6 @@ def test_values_and_triggers_are_those_of_features(causal, transcoder, tmp_path)
         cm.mine_triggers(causal, corpus, **{**mine, "dictionary": other})
 
 
-@pytest.mark.once
 def test_a_direction_may_be_the_encoder_of_a_feature(causal, transcoder):
     key = cm.Direction(layer=1, neuron=5)
     found = cm.log_prob_contributions(causal, TEXT, target=key, dictionary=transcoder)
@@ -287,7 +287,6 @@ def test_a_direction_may_be_the_encoder_of_a_feature(causal, transcoder):
     assert float(found.log_prob[0]) == pytest.approx(float(x @ transcoder.W_enc[:, 5]), abs=1e-4)
 
 
-@pytest.mark.once
 def test_graph_files_have_features_and_errors(causal, transcoder, tmp_path):
     sae = made(128, 128, 5, hook_name="blocks.1.hook_resid_mid")
     graph = cm.flow(causal, TEXT, **ARE, dictionary=[sae, transcoder], share=1.0, k=200)
@@ -306,7 +305,6 @@ def test_graph_files_have_features_and_errors(causal, transcoder, tmp_path):
     assert any(label.startswith("L1 resid_mid F") for label in made_of)
 
 
-@pytest.mark.once
 def test_trained_dictionaries_explain_more_than_their_bias():
     from train_dictionaries import train_both
 
@@ -320,7 +318,6 @@ def test_trained_dictionaries_explain_more_than_their_bias():
 # ---- files, and what does not fit
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("kind", ["Standard", "TopK", "JumpReLU", "Transcoder"])
 def test_saelens_dictionaries_do_here_what_they_do_there(kind, tmp_path):
     """Where SAELens is installed, which pins versions of its own."""
@@ -351,7 +348,6 @@ def test_saelens_dictionaries_do_here_what_they_do_there(kind, tmp_path):
         cm.Dictionary.from_saelens(gated)
 
 
-@pytest.mark.once
 def test_saved_and_loaded(transcoder, tmp_path):
     again = cm.Dictionary.load(transcoder.save(tmp_path / "d.safetensors"))
     assert again.fingerprint == transcoder.fingerprint
@@ -369,7 +365,6 @@ def folder_of(path: Any, tensors: dict[str, Tensor], **config: Any) -> Any:
     return path
 
 
-@pytest.mark.once
 def test_folders_of_saelens_are_read_without_it(tmp_path):
     draw = made(6, 6, 1, hook_name="x")
     tensors = {name: getattr(draw, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
@@ -398,7 +393,6 @@ def test_folders_of_saelens_are_read_without_it(tmp_path):
         cm.Dictionary.from_saelens(object())
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -421,7 +415,6 @@ def test_tensors_that_do_not_fit_are_refused(options, words):
         cm.Dictionary(**given)
 
 
-@pytest.mark.once
 def test_dictionaries_that_do_not_fit_the_model_are_refused(causal, transcoder):
     def ask(match: str, *some: Any) -> None:
         with pytest.raises(cm.InvalidInput, match=match):

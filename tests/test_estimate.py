@@ -116,7 +116,6 @@ def test_what_is_told_is_what_is_measured(case: zoo.Case, method: Callable[..., 
     assert sum(part.bytes for part in told.parts) == told.peak_bytes
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_sliding_windows_are_known(family: str) -> None:
     case = case_of(family)
@@ -130,7 +129,6 @@ def test_sliding_windows_are_known(family: str) -> None:
     assert told.flops == pytest.approx(counter.total, rel=0.02)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_who_reads_whom_is_known_for_long_inputs(family: str) -> None:
     """DecompX carries tokens to those that can read them."""

@@ -12,12 +12,14 @@ import torch
 import zoo
 from asked import bound, case_of, keywords, shared, view_of
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import tl_contextmix as cm
 from tl_contextmix.core.blocks import AttentionSublayer, FeedForward, Trace
+from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.results import AttributionGraph, Result
+
+pytestmark = pytest.mark.mostly_once
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 TEXT = "the keys to the cabinet"
@@ -50,6 +52,7 @@ def conserved(graph: AttributionGraph, limit: float) -> None:
     assert graph.nodes[-1].kind == "answer"
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sums_hold_in_every_model(case: zoo.Case):
     # Hosts that compute norms in float32 add up to their own numbers no better than that.
@@ -200,6 +203,7 @@ class Literal:
         }
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "gemma2", "t5", "bart", "opt"])
 def test_edges_are_those_of_a_literal_pass_with_gates(family: str):
     case = case_of(family)
@@ -239,7 +243,6 @@ def test_edges_are_those_of_a_literal_pass_with_gates(family: str):
 # ---- pruning, and what is frozen
 
 
-@pytest.mark.once
 def test_pruned_nodes_carry_exactly_their_score_in_the_linear_model():
     """Without a node, the linearised model's score is less by the node's: no more, no less."""
     case = case_of("gptj", "gpt2")
@@ -259,7 +262,6 @@ def test_pruned_nodes_carry_exactly_their_score_in_the_linear_model():
     assert torch.allclose(fewer.edges[rest].sort().values, whole.edges[place].sort().values)
 
 
-@pytest.mark.once
 def test_nodes_are_kept_until_the_share_is_explained(causal):
     few, most = (cm.flow(causal, TEXT, **ARE, share=share) for share in (0.5, 0.95))
     for graph, share in ((few, 0.5), (most, 0.95)):
@@ -274,30 +276,23 @@ def test_nodes_are_kept_until_the_share_is_explained(causal):
     assert direct == pytest.approx(float(every.top(1).scores[0, 0]), abs=1e-5)
 
 
-@pytest.mark.once
 def test_workspace_changes_no_number(causal):
     wide, narrow = (cm.flow(causal, TEXT, **ARE, max_bytes=size) for size in (2**30, 1))
     assert wide.nodes == narrow.nodes
     assert torch.allclose(wide.edges, narrow.edges, atol=1e-6)
 
 
-@pytest.mark.once
 def test_a_kept_node_costs_less_than_a_backward_pass(causal):
     """Counted: one linearised pass down is the bound for each node."""
-
-    def flops(k: int) -> int:
-        with FlopCounterMode(display=False) as counter:
-            cm.flow(causal, TEXT, **ARE, share=1.0, k=k)
-        return counter.get_total_flops()
-
+    few, more = (
+        count_operations(lambda k=k: cm.flow(causal, TEXT, **ARE, share=1.0, k=k)) for k in (8, 72)
+    )
     ids = causal.to_tokens(TEXT)
     weights = sum(p.numel() for name, p in causal.named_parameters() if "embed" not in name)
     backward = 2 * weights * ids.shape[1]
-    few, more = flops(8), flops(72)
     assert 0 < more - few < 64 * backward
 
 
-@pytest.mark.once
 def test_neurons_take_the_place_of_their_block(causal):
     graph = cm.flow(causal, TEXT, **ARE, neurons=True, k=40)
     conserved(graph, 1e-5)
@@ -310,7 +305,6 @@ def test_neurons_take_the_place_of_their_block(causal):
     }
 
 
-@pytest.mark.once
 def test_the_linear_part_of_a_log_probability(causal):
     graph = cm.flow(causal, TEXT, target=" are")
     with torch.no_grad():
@@ -323,7 +317,6 @@ def test_the_linear_part_of_a_log_probability(causal):
     conserved(graph, 1e-4)
 
 
-@pytest.mark.once
 def test_what_hooks_add_and_take_is_in_the_graph(causal):
     def ablate(z, hook):
         z[:, :, 0] = 0
@@ -344,13 +337,11 @@ def test_what_hooks_add_and_take_is_in_the_graph(causal):
         cm.flow(causal, TEXT, **ARE)
 
 
-@pytest.mark.once
 def test_a_masked_language_model_has_a_gradient_at_its_head():
     graph = cm.flow(cm.load_demo("masked-lm"), "the keys to the cabinet [MASK] here .")
     conserved(graph, 1e-4)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
@@ -369,7 +360,6 @@ def test_what_is_no_graph_is_refused(causal, asked, words):
 # ---- what the result can do
 
 
-@pytest.mark.once
 def test_tables_and_files(causal, tmp_path):
     graph = cm.flow(causal, TEXT, **ARE)
     assert Result.load(graph.save(tmp_path / "graph.safetensors")).equals(graph)
@@ -384,7 +374,6 @@ def test_tables_and_files(causal, tmp_path):
         graph.to_dataframe("links")
 
 
-@pytest.mark.once
 def test_graphml_and_back(causal, tmp_path):
     import networkx
 
@@ -430,7 +419,6 @@ def readable(told: Any) -> None:
     assert 0 <= float(answer["clerp"].split("(p=")[1].split(")")[0]) <= 1
 
 
-@pytest.mark.once
 def test_circuit_tracers_own_reader_takes_the_files(causal):
     """Where it is installed, which pins versions of its own."""
     models = pytest.importorskip("circuit_tracer.frontend.graph_models")
@@ -439,7 +427,6 @@ def test_circuit_tracers_own_reader_takes_the_files(causal):
     assert [node.node_id for node in read.nodes] == [node["node_id"] for node in told["nodes"]]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("neurons", [False, True])
 def test_circuit_tracer_files(causal, neurons):
     graph = cm.flow(causal, TEXT, **ARE, neurons=neurons, k=30)
@@ -455,7 +442,6 @@ def test_circuit_tracer_files(causal, neurons):
     assert {"embedding", "logit"} <= {node["feature_type"] for node in told["nodes"]}
 
 
-@pytest.mark.once
 def test_circuit_trace_files_have_one_row_of_tokens():
     case = case_of("t5")
     with pytest.raises(cm.InvalidInput, match="one stack"):

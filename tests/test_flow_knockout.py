@@ -16,6 +16,8 @@ from tl_contextmix.methods.flow_knockout import flow_knockout
 from tl_contextmix.plotting.panels import Curves, Table
 from tl_contextmix.results import AttributionGraph, FlowKnockout, Result
 
+pytestmark = pytest.mark.mostly_once
+
 FAMILIES = ["gpt2", "gptj", "gemma2", "t5", "bert"]
 TEXT = "the keys to the cabinet"
 ARE: Any = {"target": " are", "foil": " is"}
@@ -51,6 +53,7 @@ def literal(case: zoo.Case, pos: int, edits: Any) -> float:
     return float(found[3] - found[5])
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
 def test_what_the_linear_model_loses_without_a_node_is_its_score(family: str):
     case = case_of(family)
@@ -64,6 +67,7 @@ def test_what_the_linear_model_loses_without_a_node_is_its_score(family: str):
         assert float(found.together[0]) == pytest.approx(float(found.alone[0]), abs=1e-8)
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nodes_vanish_as_with_hooks_of_ones_own(family: str):
     case = case_of(family)
@@ -99,7 +103,6 @@ def graph(causal: Any) -> AttributionGraph:
     return cm.flow(causal, TEXT, **ARE)
 
 
-@pytest.mark.once
 def test_random_nodes_are_of_the_same_sublayers_and_reproducible(causal: Any):
     """Of the last layer only the position that predicts has an effect: the pool is small."""
     whole = cm.flow(causal, TEXT, **ARE, share=1.0, k=1000)
@@ -122,7 +125,6 @@ def test_random_nodes_are_of_the_same_sublayers_and_reproducible(causal: Any):
     assert torch.allclose(four.random[-1], four.together[-1].expand(3), atol=1e-4)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("replace_with", ["zero", "mean"])
 def test_all_nodes_left_leave_everything(causal: Any, replace_with: Any):
     """Without all others: with every node kept nothing falls, with one kept nearly all does."""
@@ -137,7 +139,6 @@ def test_all_nodes_left_leave_everything(causal: Any, replace_with: Any):
     assert "With nodes" in found.panels()[0].title
 
 
-@pytest.mark.once
 def test_the_nodes_of_a_graph_hold_more_than_random_ones(causal: Any, graph: AttributionGraph):
     found = flow_knockout(causal, TEXT, graph=graph, others=True, replace_with="mean")
     frame = found.to_dataframe().set_index("count")
@@ -146,7 +147,6 @@ def test_the_nodes_of_a_graph_hold_more_than_random_ones(causal: Any, graph: Att
     assert abs(last["linear"]) < 0.2 * found.log_prob
 
 
-@pytest.mark.once
 def test_workspace_and_batches_change_no_number(causal: Any, graph: AttributionGraph):
     wide, narrow = (
         flow_knockout(causal, TEXT, graph=graph, k=6, controls=2, max_bytes=size)
@@ -156,7 +156,6 @@ def test_workspace_and_batches_change_no_number(causal: Any, graph: AttributionG
         assert torch.allclose(getattr(wide, name), getattr(narrow, name), atol=1e-4)
 
 
-@pytest.mark.once
 def test_neurons_are_ablated_one_by_one(causal: Any):
     graph = cm.flow(causal, TEXT, **ARE, neurons=True, k=40)
     place = next(p for p, node in enumerate(graph.nodes) if node.neuron >= 0)
@@ -171,7 +170,6 @@ def test_neurons_are_ablated_one_by_one(causal: Any):
     assert float(found.linear[0]) == pytest.approx(float(graph.scores[place]), abs=1e-4)
 
 
-@pytest.mark.once
 def test_without_a_foil_the_log_probability_falls(causal: Any):
     graph = cm.flow(causal, TEXT, target=" are")
     place = next(p for p, n in enumerate(graph.nodes) if n.head >= 0 and n.pos == graph.pos)
@@ -184,7 +182,6 @@ def test_without_a_foil_the_log_probability_falls(causal: Any):
     )
 
 
-@pytest.mark.once
 def test_what_cannot_be_ablated(causal: Any, graph: AttributionGraph):
     ask: Any = flow_knockout
     answer = len(graph.nodes) - 1
@@ -201,7 +198,6 @@ def test_what_cannot_be_ablated(causal: Any, graph: AttributionGraph):
         flow_knockout(causal, "the key to the cabinet", graph=graph)
 
 
-@pytest.mark.once
 def test_tables_files_and_pages(causal: Any, graph: AttributionGraph, tmp_path: Any):
     found = flow_knockout(causal, TEXT, graph=graph, k=8)
     assert Result.load(found.save(tmp_path / "out.safetensors")).equals(found)

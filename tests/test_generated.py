@@ -20,6 +20,8 @@ from tl_contextmix.methods.decompx import decompx_vectors
 from tl_contextmix.plotting.panels import Heatmap
 from tl_contextmix.results import ContextMap
 
+pytestmark = pytest.mark.mostly_once
+
 MAPS: dict[str, Any] = {
     "attention": lambda *given, **asked: cm.attention(*given, heads=False, **asked),
     "attention_flow": cm.attention_flow,
@@ -44,6 +46,7 @@ def started(case: zoo.Case) -> dict[str, Any]:
     return {"decoder_input": torch.tensor([[2], [2]])} if case.encoder_decoder else {}
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("case", WRITERS, ids=str)
 def test_rows_of_an_answer_are_those_of_the_whole_text(case: zoo.Case, name: str) -> None:
@@ -85,6 +88,7 @@ def test_rows_of_an_answer_are_those_of_the_whole_text(case: zoo.Case, name: str
     assert not bool(found.scores[0, :, :, 2].any())
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("case", zoo.spread(), ids=str)
 def test_decompx_adds_up_to_the_difference_of_logits(case: zoo.Case) -> None:
     model, given = shared(case)
@@ -137,6 +141,7 @@ def _frozen(norm: Norm | None, part: Tensor, whole: Tensor) -> Tensor:
     return part if norm is None else norm.linear(part) / norm.scale(whole)
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_contributions_by_position_are_a_map(family: str) -> None:
     case = case_of(family)
@@ -180,7 +185,6 @@ def test_contributions_by_position_are_a_map(family: str) -> None:
         found.top(3).as_map()
 
 
-@pytest.mark.once
 def test_a_foil_makes_a_map_that_adds_up() -> None:
     model = cm.load_demo("causal-lm")
     found = cm.log_prob_contributions(model, TEXT, by="position", target=" are", foil=" is")
@@ -195,7 +199,6 @@ def test_a_foil_makes_a_map_that_adds_up() -> None:
         map.normalize()
 
 
-@pytest.mark.once
 def test_spans_add_up_what_they_cover() -> None:
     model = cm.load_demo("causal-lm")
     said = cm.value_zeroing(model, TEXT, generate=4)
@@ -239,7 +242,6 @@ def test_spans_add_up_what_they_cover() -> None:
             said.by_span(spans)  # type: ignore[arg-type]
 
 
-@pytest.mark.once
 def test_texts_are_found_as_they_are_written_or_as_they_read() -> None:
     pieces = [
         "<s>",
@@ -271,7 +273,6 @@ def test_texts_are_found_as_they_are_written_or_as_they_read() -> None:
     assert find_text(words, [False, True, True, True, True], "Keys the", False) == [(2, 5)]
 
 
-@pytest.mark.once
 def test_sentences_end_where_they_end() -> None:
     for kind, text, expected in (
         (
@@ -291,7 +292,6 @@ def test_sentences_end_where_they_end() -> None:
         assert [one for one in expected if one not in found] == [], found
 
 
-@pytest.mark.once
 def test_a_rollout_is_taken_to_what_was_said() -> None:
     model = cm.load_demo("causal-lm")
     said = cm.alti(model, TEXT, generate=4)
@@ -307,7 +307,6 @@ def test_a_rollout_is_taken_to_what_was_said() -> None:
         cm.alti(model, [TEXT, TEXT]).at(said.target, said.source)
 
 
-@pytest.mark.once
 def test_what_cannot_be_asked_of_a_map() -> None:
     model = cm.load_demo("causal-lm")
     with pytest.raises(cm.InvalidInput, match="the same whatever the foil"):
@@ -333,7 +332,6 @@ def test_what_cannot_be_asked_of_a_map() -> None:
         cm.decompx(masked, "the keys [MASK] red .", target=" are")
 
 
-@pytest.mark.once
 def test_an_answer_takes_one_pass_and_its_rows_alone() -> None:
     model = cm.load_demo("causal-lm")
     said = cm.value_zeroing(model, TEXT, generate=4)
@@ -351,7 +349,6 @@ def test_an_answer_takes_one_pass_and_its_rows_alone() -> None:
     assert rows - forward < 0.5 * (every - forward)
 
 
-@pytest.mark.once
 def test_a_generated_map_is_kept_shown_and_written(tmp_path: Path, capsys: Any) -> None:
     translator = cm.load_demo("encoder-decoder")
     text = "the keys to the cabinet are red ."

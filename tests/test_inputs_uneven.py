@@ -23,6 +23,8 @@ from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.results import Decomposition, LogProbContributions
 from tl_contextmix.results.base import axes_of
 
+pytestmark = pytest.mark.mostly_once
+
 LENGTHS = [3, 10, 2, 13, 3]
 DECODED = [2, 1, 9, 3, 1]
 
@@ -73,7 +75,6 @@ def require_equal(found: Any, expected: Any) -> None:
 EVERY = [pytest.param(method, id=method.name) for method in METHODS + QUESTIONS]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("family", "side"), [("gpt2", "left"), ("bert", "right")])
 @pytest.mark.parametrize("method", EVERY)
 def test_numbers_are_those_of_one_padded_run(
@@ -92,7 +93,6 @@ def test_numbers_are_those_of_one_padded_run(
 SOME = ("attention_norms", "decompx", "knockout", "log_prob_contributions", "gradient_x_input")
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("method", [method for method in EVERY if method.id in SOME])
 def test_numbers_of_both_sides_of_an_encoder_decoder(
     method: Method, monkeypatch: pytest.MonkeyPatch
@@ -111,7 +111,6 @@ def test_numbers_of_both_sides_of_an_encoder_decoder(
         require_equal(ask(), as_one(monkeypatch, ask))
 
 
-@pytest.mark.once
 def test_positions_are_those_of_the_whole_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.shared(case_of("gpt2"))
     for side in ("right", "left"):
@@ -132,7 +131,6 @@ def test_positions_are_those_of_the_whole_axis(monkeypatch: pytest.MonkeyPatch) 
             require_equal(ask(), as_one(monkeypatch, ask))
 
 
-@pytest.mark.once
 def test_what_is_knocked_out_of_some_rows_and_the_mean_over_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -153,7 +151,6 @@ COSTLY = ("attention", "value_zeroing", "token_memory", "integrated_gradients", 
 COSTS = [method for method in EVERY if method.id in COSTLY]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("method", COSTS)
 def test_a_long_text_among_short_ones_costs_what_they_cost_alone(method: Method) -> None:
     model = zoo.shared(case_of("gpt2"))
@@ -168,7 +165,6 @@ def test_a_long_text_among_short_ones_costs_what_they_cost_alone(method: Method)
     assert together <= limit * alone, together / alone
 
 
-@pytest.mark.once
 def test_groups_hold_every_row_once_and_little_padding() -> None:
     view = view_of(zoo.shared(case_of("gpt2")))
     lengths = torch.randint(1, 200, (300,), generator=torch.manual_seed(0)).tolist()
@@ -190,7 +186,6 @@ def test_groups_hold_every_row_once_and_little_padding() -> None:
     assert sorted(row for crop in exact for row in crop.rows) == [*range(300)]
 
 
-@pytest.mark.once
 def test_a_batch_that_is_padded_further_than_its_texts_is_cut() -> None:
     view = view_of(zoo.shared(case_of("gpt2")))
     mask = torch.zeros(2, 30, dtype=torch.bool)
@@ -200,7 +195,6 @@ def test_a_batch_that_is_padded_further_than_its_texts_is_cut() -> None:
     assert crops(view, Batch(Side(batch.main.ids[:, :9], mask[:, :9]))) == ()
 
 
-@pytest.mark.once
 def test_few_long_rows_run_at_a_time() -> None:
     view = view_of(zoo.shared(case_of("gpt2")))
     mask = torch.ones(64, 1000, dtype=torch.bool)
@@ -212,6 +206,7 @@ def test_few_long_rows_run_at_a_time() -> None:
     assert 1 < max(groups) <= 2**24 // (layers * 1000**2)
 
 
+@pytest.mark.every
 def test_hooks_of_the_users_see_the_batch_that_was_given() -> None:
     model = zoo.shared(case_of("gpt2"))
     ids, mask = rows(LENGTHS)

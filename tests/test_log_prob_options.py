@@ -19,8 +19,9 @@ from tl_contextmix.adapters.questions import Answer, ask, single_token
 from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.errors import ContextMixWarning
 
+pytestmark = pytest.mark.once
 
-@pytest.mark.once
+
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
 def test_the_scores_that_the_paper_compares(family: str) -> None:
     case = case_of(family)
@@ -64,7 +65,6 @@ def test_the_scores_that_the_paper_compares(family: str) -> None:
     assert len(orders) >= 6
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "bart", "t5", "marian"])
 def test_readouts_are_logits_that_add_up(family: str) -> None:
     case = case_of(family)
@@ -100,7 +100,6 @@ def test_readouts_are_logits_that_add_up(family: str) -> None:
         )
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_padding_changes_nothing_and_padded_sources_have_no_score(family: str) -> None:
     case = case_of(family)
@@ -133,7 +132,6 @@ def test_padding_changes_nothing_and_padded_sources_have_no_score(family: str) -
     assert best.labels(0) == padded.top(5).labels(0)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_a_cache_instead_of_a_pass(family: str) -> None:
     case = case_of(family)
@@ -153,7 +151,6 @@ def test_a_cache_instead_of_a_pass(family: str) -> None:
     torch.testing.assert_close(found.scores, fresh.scores, equal_nan=True)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
 def test_half_precision_models_come_close(family: str) -> None:
     case = case_of(family)
@@ -166,7 +163,6 @@ def test_half_precision_models_come_close(family: str) -> None:
     assert float((half.trajectory[:, -1] - half.log_prob).abs().max()) <= 0.2
 
 
-@pytest.mark.once
 def test_targets_as_text() -> None:
     model = cm.load_demo("causal-lm")
     text = "the capital of france is"
@@ -182,7 +178,6 @@ def test_targets_as_text() -> None:
         cm.log_prob_contributions(model, text, target={" paris rome"})
 
 
-@pytest.mark.once
 def test_a_leading_space_is_part_of_a_target() -> None:
     model = zoo.build(case_of("gpt2"))
     view = view_of(model)
@@ -208,7 +203,6 @@ def test_a_leading_space_is_part_of_a_target() -> None:
             contrast(target)
 
 
-@pytest.mark.once
 def test_a_mask_is_asked_for_in_masked_models() -> None:
     model = cm.load_demo("masked-lm")
     found = cm.log_prob_contributions(model, "the keys to the cabinet [MASK] old .", target="are")
@@ -222,7 +216,6 @@ def test_a_mask_is_asked_for_in_masked_models() -> None:
     assert torch.equal(neurons.evaluated, neurons.possible)
 
 
-@pytest.mark.once
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
 def test_cross_attention_is_a_component_of_its_own() -> None:
     model = cm.load_demo("encoder-decoder")
@@ -234,7 +227,6 @@ def test_cross_attention_is_a_component_of_its_own() -> None:
     assert len(found.panels()) >= 4
 
 
-@pytest.mark.once
 def test_gaps_are_what_the_components_miss() -> None:
     case = case_of("gpt2")
     model, given = shared(case)
@@ -253,7 +245,6 @@ def test_gaps_are_what_the_components_miss() -> None:
             torch.testing.assert_close(total, layers.scores[0, step - 1])
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("family", "left"), [("gpt2", False), ("gpt2", True), ("opt", False), ("bart", False)]
 )
@@ -294,7 +285,6 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-9, equal_nan=True)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["gpt2", "mistral"])
 def test_what_comes_later_is_no_component(family: str) -> None:
     """As if the sentence ended there, whatever the score."""
@@ -321,7 +311,6 @@ def test_what_comes_later_is_no_component(family: str) -> None:
         assert int(found.top(10**6).components.source.max()) == 1
 
 
-@pytest.mark.once
 def test_a_silent_neuron_gains_nothing() -> None:
     """Exactly, so that those of a ReLU stand in the same order whoever finds the best."""
     model, given = shared(case_of("opt"))

@@ -29,6 +29,8 @@ from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.shards import TooLong, frame_of
 from tl_contextmix.methods.memories.topk import TopK, update_all
 
+pytestmark = pytest.mark.mostly_once
+
 WORDS = "cat sat paris france dog mat the a is of in on".split()
 
 
@@ -98,6 +100,7 @@ def check_frame(
 FAMILIES = [("gpt2",), ("llama", "qwen2"), ("bert",), ("t5", "flan", "bart")]
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("families", FAMILIES, ids="/".join)
 def test_mining_equals_a_search_through_everything(families: tuple[str, ...], tmp_path: Path):
     case = case_of(*families)
@@ -119,7 +122,6 @@ def test_mining_equals_a_search_through_everything(families: tuple[str, ...], tm
         assert counts["positions"] * layers * neurons == len(rows)
 
 
-@pytest.mark.once
 def test_best_per_document_and_chosen_neurons(tmp_path: Path):
     model, corpus = zoo.build(case_of("gpt2")), texts(40)
     rows = every_coefficient(model, corpus, "decoder")
@@ -130,7 +132,6 @@ def test_best_per_document_and_chosen_neurons(tmp_path: Path):
     check_frame(mined.to_dataframe(), best, 6)
 
 
-@pytest.mark.once
 def test_quadrants_are_the_signs_of_both_branches(tmp_path: Path):
     case = case_of("llama", "qwen2")
     model, corpus = zoo.build(case), texts(20)
@@ -190,7 +191,6 @@ def kept(top: TopK, column: int) -> list[tuple[float, int]]:
     return list(zip((-values).tolist(), places.tolist(), strict=True))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("k", [1, 3, 20])
 def test_updates_and_merges_equal_a_sort_of_everything(k: int):
     parts = [random_top(seed) for seed in range(4)]
@@ -207,7 +207,6 @@ def test_updates_and_merges_equal_a_sort_of_everything(k: int):
     assert torch.equal(one.places, whole.places)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("together", [1, 500, 2**24])
 def test_states_that_are_updated_together_are_those_updated_alone(
     together: int, monkeypatch: pytest.MonkeyPatch
@@ -242,7 +241,6 @@ def test_states_that_are_updated_together_are_those_updated_alone(
 # Division of the work
 
 
-@pytest.mark.once
 def test_a_batch_that_shows_nothing_new_is_looked_at_once():
     """One number for each memory; a mask of what is high enough would be a quarter of the batch."""
     generator = torch.Generator().manual_seed(0)
@@ -284,7 +282,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, dict[st
     return model, corpus, options, folder / "whole"
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("world_size", [2, 3, 25])
 def test_any_number_of_processes_gives_the_same_bytes(shared: Any, world_size: int, tmp_path: Path):
     model, corpus, options, whole = shared
@@ -297,7 +294,6 @@ def test_any_number_of_processes_gives_the_same_bytes(shared: Any, world_size: i
     assert result(tmp_path) == result(whole)
 
 
-@pytest.mark.once
 def test_every_kind_of_corpus_gives_the_same_triggers(shared: Any, tmp_path: Path):
     model, corpus, options, whole = shared
     import datasets
@@ -315,7 +311,6 @@ def test_every_kind_of_corpus_gives_the_same_triggers(shared: Any, tmp_path: Pat
         assert found.manifest["corpus"] == json.loads(result(whole)[1])["corpus"]
 
 
-@pytest.mark.once
 def test_another_batch_size_only_rounds_differently(shared: Any, tmp_path: Path):
     model, corpus, options, whole = shared
     other = cm.mine_triggers(model, corpus, out=tmp_path, **{**options, "batch_size": 16})
@@ -355,7 +350,6 @@ def mine_in_child(model: Any, corpus: Path, out: Path, options: dict[str, Any]) 
     return child
 
 
-@pytest.mark.once
 def test_killed_at_twenty_random_moments_it_loses_nothing(shared: Any, tmp_path: Path):
     model, corpus, options, whole = shared
     started = time.monotonic()
@@ -397,7 +391,6 @@ def stop_after_writing(patch: pytest.MonkeyPatch, when: Callable[[list[bool]], b
     return written
 
 
-@pytest.mark.once
 def test_one_shard_at_a_time_gives_the_same_bytes(
     shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -426,7 +419,6 @@ def stopped(shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     return model, corpus, options, tmp_path
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -445,7 +437,6 @@ def test_other_options_are_refused_by_name(stopped: Any, change: dict[str, Any],
         cm.mine_triggers(model, corpus, out=folder, **{**options, **change})
 
 
-@pytest.mark.once
 def test_another_model_tokenizer_or_corpus_is_refused_by_name(
     stopped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -471,7 +462,6 @@ def test_another_model_tokenizer_or_corpus_is_refused_by_name(
     cm.mine_triggers(model, corpus, out=folder, **options)
 
 
-@pytest.mark.once
 def test_a_finished_run_refuses_another_corpus(shared: Any, tmp_path: Path):
     model, corpus, options, whole = shared
     longer = tmp_path / "longer.txt"
@@ -483,7 +473,6 @@ def test_a_finished_run_refuses_another_corpus(shared: Any, tmp_path: Path):
 # What cannot be used
 
 
-@pytest.mark.once
 def test_a_full_disk_is_named_and_what_was_written_before_stays(stopped: Any):
     model, corpus, options, folder = stopped
     import resource
@@ -500,7 +489,6 @@ def test_a_full_disk_is_named_and_what_was_written_before_stays(stopped: Any):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.once
 def test_documents_that_cannot_be_used(tmp_path: Path):
     model = zoo.build(case_of("gpt2"))
     corpus = tmp_path / "c.jsonl"
@@ -540,7 +528,6 @@ def test_documents_that_cannot_be_used(tmp_path: Path):
         assert str(counts["malformed"]) in repr(found)
 
 
-@pytest.mark.once
 def test_special_positions_count_only_when_asked(tmp_path: Path):
     model, corpus = zoo.build(case_of("gpt2")), texts(9)
     plain = cm.mine_triggers(model, corpus, out=tmp_path / "a", k=50, layer=0)
@@ -549,7 +536,6 @@ def test_special_positions_count_only_when_asked(tmp_path: Path):
     assert 0 in set(framed.to_dataframe()["position"])
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("corpus", "options", "message"),
     [
@@ -574,7 +560,6 @@ def test_bad_questions_are_refused(
         cm.mine_triggers(model, corpus, out=tmp_path, **options)
 
 
-@pytest.mark.once
 def test_more_triggers_than_memory_may_hold_are_warned_of(
     shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -583,7 +568,6 @@ def test_more_triggers_than_memory_may_hold_are_warned_of(
         cm.mine_triggers(shared[0], ["the cat sat"], out=tmp_path / "mined", k=1000)
 
 
-@pytest.mark.once
 def test_parts_that_do_not_fit_are_not_merged(shared: Any, tmp_path: Path):
     model, corpus, options, _ = shared
     with pytest.raises(cm.InvalidInput, match="got no part"):
@@ -598,7 +582,6 @@ def test_parts_that_do_not_fit_are_not_merged(shared: Any, tmp_path: Path):
         merge_triggers(tmp_path)
 
 
-@pytest.mark.once
 def test_documents_are_picked_from_every_kind_of_corpus(shared: Any, tmp_path: Path):
     import datasets
 

@@ -15,6 +15,8 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.weight_processing import require_finite
 from tl_contextmix.core.finite import why_not_finite
 
+pytestmark = pytest.mark.mostly_once
+
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 
 
@@ -45,6 +47,7 @@ ASKED = {
 }
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("name", ASKED)
 def test_float16_that_overflows_on_every_text(name: str) -> None:
     model = overflowing(torch.float16)
@@ -58,7 +61,6 @@ def test_float16_that_overflows_on_every_text(name: str) -> None:
     assert "float16" not in cm.check(overflowing(torch.float32)).cause
 
 
-@pytest.mark.once
 def test_float16_that_overflows_on_some_texts() -> None:
     """The check's four tokens are fine, the text is not."""
     model = model_of("gpt2", torch.float16)
@@ -74,7 +76,6 @@ def test_float16_that_overflows_on_some_texts() -> None:
                 ask(model, IDS)
 
 
-@pytest.mark.once
 def test_logits_alone_that_overflow_refuse_predictions_and_keep_maps() -> None:
     model = model_of("gpt2", torch.float16)
     view = view_of(model)
@@ -91,7 +92,6 @@ def test_logits_alone_that_overflow_refuse_predictions_and_keep_maps() -> None:
     assert view.readout.refusal == ""
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 2}, {"mode": "teacher_forced"}, {"mode": "scores", "target": [7]}]
 )
@@ -106,7 +106,6 @@ def test_a_decoder_whose_numbers_are_not_finite_says_so(options: dict[str, Any])
         cm.decoder_lens(model, IDS + 5, **options)
 
 
-@pytest.mark.once
 def test_weights_that_float16_cannot_hold() -> None:
     model = model_of("gpt2", torch.float16)
     with torch.no_grad():
@@ -115,7 +114,6 @@ def test_weights_that_float16_cannot_hold() -> None:
         cm.check(model)
 
 
-@pytest.mark.once
 def test_weights_whose_sum_float16_cannot_hold_are_finite() -> None:
     weights = {"large": torch.full((4, 4), 6e4).half(), "wide": torch.ones(3, dtype=torch.float64)}
     require_finite(weights)
@@ -142,6 +140,7 @@ def test_masks_in_float64_that_turn_into_nan() -> None:
         cm.attention(alone, IDS, attention_mask=mask)
 
 
+@pytest.mark.every
 def test_each_precision_has_its_remedy() -> None:
     half = why_not_finite("x", torch.bfloat16)
     assert "in float32 instead of torch.bfloat16" in half

@@ -299,7 +299,6 @@ def test_few_names_are_public_and_old_ones_name_the_new():
 # Annotations
 
 
-@pytest.mark.once
 @pytest.mark.typed
 def test_annotations_are_enforced_while_testing():
     from tl_contextmix.errors import four_parts

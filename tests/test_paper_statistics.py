@@ -41,7 +41,7 @@ from tl_contextmix.evaluation import (
     satisfies,
 )
 
-once = pytest.mark.once
+pytestmark = pytest.mark.mostly_once
 TEXTS = [
     "the keys to the cabinet are old .",
     "the key is old .",
@@ -58,7 +58,6 @@ def mixing(model: Any, texts: list[str]) -> Any:
     return cm.mixing_ratio(model, texts)
 
 
-@once
 def test_means_over_a_corpus_are_those_of_its_sentences(masked: Any) -> None:
     found = over_corpus(masked, [*TEXTS, " "], mixing, batch_size=2, shard_size=3)
     frame = pandas.concat(
@@ -76,7 +75,6 @@ class Stopped(Exception):
     """A run that is stopped."""
 
 
-@once
 def test_a_run_that_was_stopped_goes_on(masked: Any, tmp_path: Path) -> None:
     calls: list[int] = []
 
@@ -106,7 +104,6 @@ def test_a_run_that_was_stopped_goes_on(masked: Any, tmp_path: Path) -> None:
         over_corpus(masked, TEXTS, measure, **how)
 
 
-@once
 def test_models_side_by_side_scores_and_rows(masked: Any, causal: Any) -> None:
     both = over_corpus({"a": masked, "b": causal}, TEXTS, mixing)
     assert {point.category for point in both.points} == {"a", "b"}
@@ -125,7 +122,6 @@ def test_models_side_by_side_scores_and_rows(masked: Any, causal: Any) -> None:
     )
 
 
-@once
 def test_what_cannot_be_averaged_is_refused(causal: Any) -> None:
     with pytest.raises(InvalidInput, match="cannot be averaged"):
         over_corpus(causal, TEXTS, mixing, category="nothing")
@@ -144,7 +140,6 @@ def test_what_cannot_be_averaged_is_refused(causal: Any) -> None:
 # Labels of words
 
 
-@once
 def test_labels_of_words_reach_their_tokens(masked: Any) -> None:
     text = TEXTS[0]
     tokens = cm.attention(masked, text).source
@@ -159,7 +154,6 @@ def test_labels_of_words_reach_their_tokens(masked: Any) -> None:
     assert label_tokens(tokens, text, [[*map(list, spans)]]) == (((1, 3, "NP"), (5, 6, "N")),)
 
 
-@once
 def test_documents_of_parsers_are_read(masked: Any) -> None:
     text = TEXTS[1]
     starts = [0, 4, 8, 11, 15]
@@ -199,7 +193,6 @@ class Words(list):
     ents: Any = ()
 
 
-@once
 @pytest.mark.parametrize(
     ("labels", "match"),
     [
@@ -215,7 +208,6 @@ def test_labels_that_do_not_fit_are_refused(masked: Any, labels: Any, match: str
         label_tokens(tokens, TEXTS[0], labels)
 
 
-@once
 @pytest.mark.parametrize("name", ["masked-lm", "causal-lm"])
 def test_kinds_of_pairs_are_what_they_say(name: str) -> None:
     model, texts = cm.load_demo(name), TEXTS[:2]
@@ -253,7 +245,6 @@ def test_kinds_of_pairs_are_what_they_say(name: str) -> None:
         assert {*sums} <= {*named}
 
 
-@once
 def test_kinds_need_one_map_and_both_texts_and_labels(masked: Any) -> None:
     with pytest.raises(InvalidInput, match="several heads"):
         by_kind(cm.attention(masked, TEXTS[0]))
@@ -265,7 +256,6 @@ def test_kinds_need_one_map_and_both_texts_and_labels(masked: Any) -> None:
     assert bool(inside.select(quantity="in one NP").values[1].isnan().all())
 
 
-@once
 def test_arcs_tie_heads_to_dependents(masked: Any) -> None:
     text = TEXTS[1]  # the key is old .
     whole = cm.attention(masked, text, heads=False)
@@ -307,7 +297,6 @@ def test_arcs_tie_heads_to_dependents(masked: Any) -> None:
             by_kind(whole, texts=text, arcs=wrong)
 
 
-@once
 def test_cues_of_blimp_are_derived(tmp_path: Path) -> None:
     path = tmp_path / "blimp.jsonl"
     rows = [blimp_row(uid, text) for uid, text, _, _ in BLIMP]
@@ -338,7 +327,6 @@ def test_cues_of_blimp_are_derived(tmp_path: Path) -> None:
     assert pair.good[slice(*pair.cues[0])] == "amused", "what a line says itself has priority"
 
 
-@once
 def test_a_comparison_without_cues_says_so(causal: Any) -> None:
     found = cm.compare(causal, TEXTS[:2], methods=["attention"])
     assert "No dot and average precision: the sentences have no cues." in repr(found)
@@ -349,7 +337,6 @@ def test_a_comparison_without_cues_says_so(causal: Any) -> None:
 # Norms
 
 
-@once
 def test_dimensions_are_left_out_of_norms(causal: Any) -> None:
     parts = cm.decompose(causal, TEXTS[0], at="mlp_out")
     some = parts.parts.clone()
@@ -363,7 +350,6 @@ def test_dimensions_are_left_out_of_norms(causal: Any) -> None:
         parts.norms(without=[10**6])
 
 
-@once
 def test_alignment_error_rate_is_that_of_och_and_ney(masked: Any) -> None:
     whole = cm.attention(masked, TEXTS[:2], heads=False).select(layer=[1, 2])
     sure = [[(1, 1), (2, 2), (5, 6)], [(3, 3)]]
@@ -397,7 +383,6 @@ def test_alignment_error_rate_is_that_of_och_and_ney(masked: Any) -> None:
         alignment_error_rate(whole, [[]])
 
 
-@once
 def test_frequency_ranks_correlate_as_scipy_says(masked: Any) -> None:
     ratios = cm.mixing_ratio(masked, TEXTS)
     tokens = ratios.tokens
@@ -416,6 +401,7 @@ def test_frequency_ranks_correlate_as_scipy_says(masked: Any) -> None:
         frequency_correlation(ratios, counts)
 
 
+@pytest.mark.every
 def test_expansion_rates_are_those_of_random_directions() -> None:
     case = case_of("gpt2")
     found = expansion_rates(zoo.shared(case)).values[0]
@@ -436,7 +422,6 @@ def test_expansion_rates_are_those_of_random_directions() -> None:
 # Memories
 
 
-@once
 def test_where_memories_agree(causal: Any) -> None:
     memories = cm.ff_memories(causal, TEXTS[:3])
     found = memories.agreements(stop_words=["The", " is"], short=3)
@@ -488,7 +473,6 @@ def write_sheet(path: Path, patterns: list[str]) -> Path:
     return path
 
 
-@once
 def test_annotated_sheets_are_read_back(tmp_path: Path) -> None:
     one = write_sheet(
         tmp_path / "a.csv", ["shallow: ends", "Semantic: towns", "", "shallow:x|semantic:y"]
@@ -513,7 +497,6 @@ def test_annotated_sheets_are_read_back(tmp_path: Path) -> None:
         read_annotations()
 
 
-@once
 def test_a_sheet_that_triggers_wrote_is_read(causal: Any, tmp_path: Path) -> None:
     triggers = cm.mine_triggers(causal, TEXTS, out=tmp_path / "m", k=2, layer=1, neurons=[0, 1])
     found = read_annotations(triggers.to_sheet(tmp_path / "sheet.csv"))
@@ -522,6 +505,7 @@ def test_a_sheet_that_triggers_wrote_is_read(causal: Any, tmp_path: Path) -> Non
     }
 
 
+@pytest.mark.every
 def test_values_are_read_through_a_head() -> None:
     case = case_of("gpt2")
     model, hf = zoo.shared(case), zoo.hf_model("gpt2", dtype=torch.float64)
@@ -549,7 +533,6 @@ def test_values_are_read_through_a_head() -> None:
         cm.ff_values(model, via=one_number)
 
 
-@once
 def test_values_of_post_ln_blocks_are_not_read_through_heads(masked: Any) -> None:
     with pytest.raises(UnsupportedModel, match="norms of the residual sum"):
         cm.ff_values(masked, via=(1, 1))
@@ -558,6 +541,7 @@ def test_values_of_post_ln_blocks_are_not_read_through_heads(masked: Any) -> Non
 # Log-probabilities
 
 
+@pytest.mark.every
 def test_the_way_along_the_stream_is_read_by_hugging_face() -> None:
     case = case_of("gpt2")
     model, hf = zoo.shared(case), zoo.hf_model("gpt2", dtype=torch.float64)
@@ -576,7 +560,6 @@ def test_the_way_along_the_stream_is_read_by_hugging_face() -> None:
             assert row.probability == pytest.approx(math.exp(row.log_prob))
 
 
-@once
 def test_a_knockout_curve_is_one_knockout_after_the_other(causal: Any) -> None:
     texts = ["the capital of france is", "the capital of norway is"]
     asked: dict[str, Any] = {"target": [" paris", " oslo"]}
@@ -590,7 +573,6 @@ def test_a_knockout_curve_is_one_knockout_after_the_other(causal: Any) -> None:
         knockout_curve(causal, texts, best, counts=[7], **asked)
 
 
-@once
 def test_overlap_counts_what_two_facts_share(causal: Any) -> None:
     texts = ["the capital of france is", "the capital of norway is", "the key is old and the"]
     best = cm.log_prob_contributions(causal, texts, by="ff_neuron", k=20)
@@ -613,7 +595,6 @@ def test_overlap_counts_what_two_facts_share(causal: Any) -> None:
 # Answers
 
 
-@once
 def test_aliases_count_as_squad_counts_them() -> None:
     right = alias_match({"q": ["The Eiffel Tower", "tour eiffel"], "none": []})
     assert [right(text, None, "q") for text in ("eiffel tower.", "Tour  Eiffel", "eiffel")] == [
@@ -627,7 +608,6 @@ def test_aliases_count_as_squad_counts_them() -> None:
         alias_match({"q": "one"})
 
 
-@once
 def test_formulas_are_checked_as_python_does() -> None:
     formula, python = "& | a ! b <-> c xor a b", "(a or not b) and (c == (a != b))"
     for number in range(8):
@@ -645,7 +625,6 @@ def test_formulas_are_checked_as_python_does() -> None:
             satisfies("a 1 b 1", None, wrong)
 
 
-@once
 def test_languages_are_told() -> None:
     pytest.importorskip("py3langid")
     french = in_language("fr")
@@ -656,13 +635,13 @@ def test_languages_are_told() -> None:
         in_language("french")
 
 
-@once
 def test_without_the_package_languages_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid", None)
     with pytest.raises(ContextMixError, match=r"pip install .tl-contextmix\[metrics\]"):
         in_language("fr")
 
 
+@pytest.mark.every
 def test_reciprocal_ranks_are_those_of_the_answer() -> None:
     if zoo.major() < 3:
         pytest.skip("no encoder-decoder bridge")

@@ -27,7 +27,7 @@ from tl_contextmix.engine.stream_points import state_at
 from tl_contextmix.evaluation import demo_pairs
 from tl_contextmix.results import Comparison, Probing, Result, Score
 
-once = pytest.mark.once
+pytestmark = pytest.mark.once
 
 
 def code_by_hand(x: np.ndarray, y: np.ndarray, ends: tuple[int, ...]) -> tuple[float, float]:
@@ -53,7 +53,6 @@ def code_by_hand(x: np.ndarray, y: np.ndarray, ends: tuple[int, ...]) -> tuple[f
     return bits, accuracy
 
 
-@once
 def test_codes_are_those_of_one_probe_after_the_other() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 3, generator=generator, dtype=torch.float64)
@@ -75,7 +74,6 @@ def test_codes_are_those_of_one_probe_after_the_other() -> None:
     assert float(alone) == pytest.approx(float(bits[1]), rel=1e-3)
 
 
-@once
 def test_a_hidden_layer_reads_what_no_line_separates() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(160, 2, generator=generator, dtype=torch.float64)
@@ -92,7 +90,6 @@ def test_a_hidden_layer_reads_what_no_line_separates() -> None:
     assert right[16] > 0.9 > 0.7 > right[None]
 
 
-@once
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_states_are_what_decompositions_add_up_to(case: zoo.Case) -> None:
     model, given = zoo.shared(case), zoo.inputs(case)
@@ -110,7 +107,6 @@ def test_states_are_what_decompositions_add_up_to(case: zoo.Case) -> None:
         assert relative(found, expected[:, 0]) <= bound(case), at
 
 
-@once
 def test_a_layer_s_output_is_the_next_one_s_input() -> None:
     model = zoo.shared(case_of("gpt2"))
     ids = torch.arange(5, 45).view(10, 4)
@@ -136,7 +132,6 @@ def compared(masked: Any) -> Comparison:
     return cm.compare(masked, demo_pairs(count=6), methods=methods)
 
 
-@once
 def test_the_number_is_read_where_value_zeroing_sees_the_cue(
     found: Probing, compared: Comparison
 ) -> None:
@@ -155,7 +150,6 @@ def test_the_number_is_read_where_value_zeroing_sees_the_cue(
     )
 
 
-@once
 def test_texts_are_read_at_their_own_position(
     masked: Any, asked: dict[str, Any], found: Probing
 ) -> None:
@@ -169,7 +163,6 @@ def test_texts_are_read_at_their_own_position(
     assert not first.equals(last)
 
 
-@once
 def test_gradients_may_be_off(masked: Any, asked: dict[str, Any]) -> None:
     few = {"input": asked["input"][:20], "classes": asked["classes"][:20], "layer": 2, "seeds": 1}
     on = cm.probe(masked, **few)
@@ -178,7 +171,6 @@ def test_gradients_may_be_off(masked: Any, asked: dict[str, Any]) -> None:
             assert cm.probe(masked, **few).equals(on)
 
 
-@once
 def test_control_labels(masked: Any, asked: dict[str, Any]) -> None:
     few = {**asked, "layer": 0, "seeds": 3}
     # Every text is read at its mask: one token, one class.
@@ -191,7 +183,6 @@ def test_control_labels(masked: Any, asked: dict[str, Any]) -> None:
     torch.testing.assert_close(each.bits, token.bits, rtol=2e-3, atol=0)
 
 
-@once
 def test_means_and_intervals_over_seeds(found: Probing, compared: Comparison) -> None:
     (point, *_) = found.curves().select("bits", "block_out")
     values = found.bits[:, 0, 0].double()
@@ -215,7 +206,6 @@ def test_means_and_intervals_over_seeds(found: Probing, compared: Comparison) ->
             found.beside(scores, "accuracy")
 
 
-@once
 def test_saved_and_told(found: Probing, compared: Comparison, tmp_path: Path) -> None:
     assert Result.load(found.save(tmp_path / "p")).equals(found)
     beside = found.beside(compared)
@@ -226,7 +216,6 @@ def test_saved_and_told(found: Probing, compared: Comparison, tmp_path: Path) ->
     assert "Probing: seed 2" in repr(found)
 
 
-@once
 def test_padding_and_hooks_change_nothing(masked: Any, asked: dict[str, Any]) -> None:
     texts, classes = asked["input"][:20], asked["classes"][:20]
     few: dict[str, Any] = {"layer": 1, "seeds": 1}
@@ -236,7 +225,6 @@ def test_padding_and_hooks_change_nothing(masked: Any, asked: dict[str, Any]) ->
     torch.testing.assert_close(ids.bits, plain.bits, rtol=2e-3, atol=0)
 
 
-@once
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -263,7 +251,6 @@ def test_what_cannot_be_probed(masked: Any, changes: dict[str, Any], message: st
         cm.probe(masked, **given)
 
 
-@once
 def test_constant_activations_are_no_information(masked: Any) -> None:
     """The mask's embedding without its position is the same in every text of one length."""
     texts = ["the keys [MASK] old .", "the dogs [MASK] old ."] * 4

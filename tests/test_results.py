@@ -681,7 +681,6 @@ def test_arrays_and_their_scalars_are_numbers_too(answers: dict[str, list[str]],
     assert answers[code] == ["", _ACCEPTED[code]]
 
 
-@pytest.mark.once
 def test_maps_of_two_prompts_are_subtracted_by_stretches() -> None:
     model = cm.load_demo("causal-lm")
     one, other = (

@@ -31,6 +31,8 @@ from tl_contextmix.evaluation.prompt_rows import read_row
 from tl_contextmix.results import Scan
 from tl_contextmix.results.components import KINDS
 
+pytestmark = pytest.mark.mostly_once
+
 LEVELS: tuple[Any, ...] = ("layer", "head", "ff_neuron")
 # Unlike lengths; one token, alternatives, an answer of two tokens, the model's own best; a foil.
 ROWS: list[Any] = [
@@ -50,6 +52,7 @@ def alone(model: Any, row: dict[str, Any], by: Any) -> Any:
     return cm.log_prob_contributions(model, given, by=by, **asked)
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_means_are_those_of_each_prompt_alone(case: zoo.Case) -> None:
     model, _ = shared(case)
@@ -88,6 +91,7 @@ def test_means_are_those_of_each_prompt_alone(case: zoo.Case) -> None:
     assert torch.allclose(whole.squares[0], every.var(0) * 4, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.every
 def test_an_answer_of_several_tokens_is_added_up() -> None:
     model, _ = shared(case_of("gpt2"))
     view = view_of(model)
@@ -105,7 +109,6 @@ def test_an_answer_of_several_tokens_is_added_up() -> None:
     assert torch.allclose(both.scores, answer.scores.expand(2, -1), rtol=0, atol=1e-9)
 
 
-@pytest.mark.once
 def test_memory_does_not_grow_with_the_number_of_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +173,6 @@ def stopped(tmp_path: Path) -> tuple[Any, list[Any], Path]:
     return model, ROWS * 2, out
 
 
-@pytest.mark.once
 def test_killed_at_random_moments_it_loses_nothing(tmp_path: Path) -> None:
     model, _ = shared(case_of("gpt2"))
     whole = cm.scan(model, ROWS * 2, shard_size=3)
@@ -195,7 +197,6 @@ def test_killed_at_random_moments_it_loses_nothing(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} - kept <= {f".{name}.lock" for name in kept}
 
 
-@pytest.mark.once
 def test_a_scan_that_was_stopped_goes_on(
     stopped: tuple[Any, list[Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +223,6 @@ def test_a_scan_that_was_stopped_goes_on(
     assert sorted(path.name for path in out.parent.iterdir()) == [out.name]
 
 
-@pytest.mark.once
 def test_another_scan_is_not_mixed_with_the_first(stopped: tuple[Any, list[Any], Path]) -> None:
     model, rows, out = stopped
     with pytest.raises(cm.InvalidInput, match="holds a run that differs in options: norm"):
@@ -239,7 +239,6 @@ def test_another_scan_is_not_mixed_with_the_first(stopped: tuple[Any, list[Any],
         cm.scan(model, rows, out=out, shard_size=3)
 
 
-@pytest.mark.once
 def test_rows_that_cannot_be_used_stop_it_or_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +312,6 @@ KNOWN = {
 IOI = "When Mary and John went to the store, John gave a drink to Mary"
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("row", "text", "target", "foil", "category"),
     [
@@ -341,7 +339,6 @@ def test_published_formats(row: Any, text: str, target: Any, foil: Any, category
     assert (found.text, found.target, found.foil, found.category) == (text, target, foil, category)
 
 
-@pytest.mark.once
 def test_rows_of_no_format_are_named() -> None:
     found = read_row(
         json.dumps({"q": "a", "a": " b", "prompt": "c"}),
@@ -365,7 +362,6 @@ def test_rows_of_no_format_are_named() -> None:
         read_row(json.dumps({"prompt": "a"}), {"target": "x"}, causal=True)
 
 
-@pytest.mark.once
 def test_minimal_pairs_differ_in_one_token(tmp_path: Path) -> None:
     model, masked = cm.load_demo("causal-lm"), cm.load_demo("masked-lm")
     other = {"sentence_good": "the keys are old .", "sentence_bad": "the keys is red ."}
@@ -397,7 +393,6 @@ def grammar() -> Scan:
     return cm.scan(cm.load_demo("causal-lm"), rows, by=LEVELS)
 
 
-@pytest.mark.once
 def test_the_heads_it_finds_are_those_that_knockout_confirms(grammar: Scan) -> None:
     model = cm.load_demo("causal-lm")
     pairs = [
@@ -417,7 +412,6 @@ def test_the_heads_it_finds_are_those_that_knockout_confirms(grammar: Scan) -> N
     assert means["best"] > 3 * max(means["random"], means["worst"], 0.5)
 
 
-@pytest.mark.once
 def test_what_categories_share(grammar: Scan) -> None:
     shared_heads = grammar.of("head").shared(3)
     assert len(shared_heads) == 4  # three pairs, and all
@@ -436,7 +430,6 @@ def test_what_categories_share(grammar: Scan) -> None:
         grammar.pooled().shared()
 
 
-@pytest.mark.once
 def test_a_scan_is_a_result_like_others(grammar: Scan, tmp_path: Path) -> None:
     assert Scan.load(grammar.save(tmp_path / "a")).equals(grammar)
     frame = grammar.to_dataframe()
@@ -461,7 +454,6 @@ def test_a_scan_is_a_result_like_others(grammar: Scan, tmp_path: Path) -> None:
         grammar.top(category="nothing")
 
 
-@pytest.mark.once
 def test_the_command_line_scans_and_explains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -496,7 +488,6 @@ def test_the_command_line_scans_and_explains(
     assert "no mask" in capsys.readouterr().out
 
 
-@pytest.mark.once
 def test_statistics() -> None:
     for freedom in (1, 2, 5, 30, 100, 101, 10**5):
         assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-7)

@@ -388,7 +388,6 @@ def test_files_of_version_1_load(path: Path, tmp_path: Path):
     assert type(result).load(result.save(tmp_path / "again")).equals(result)
 
 
-@pytest.mark.once
 def test_sources_can_be_left_out_of_the_scale() -> None:
     model = cm.load_demo("causal-lm")
     pattern = cm.attention(model, ["the keys to the cabinet", "the key near the door"])

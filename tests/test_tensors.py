@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from functools import partial
 from typing import Literal
@@ -12,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
+from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.token_sums import (
     AttentionTerm,
     FrozenNorm,
@@ -74,13 +73,6 @@ def parts_of(token_sum: TokenSum) -> Tensor:
         for token in range(TARGETS):
             parts[:, token, token] += token_sum.own[:, token]
     return parts
-
-
-def products(work: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products of some work."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 # --- Norm ---------------------------------------------------------------------------------------
@@ -245,17 +237,17 @@ def test_only_pairs_in_which_heads_cancel_cost_a_second_look() -> None:
     tiny = replace(read_of(), value=random(BATCH, SOURCES, HEADS, WIDTH).abs() * 1e-6)
     read = replace(tiny, weight=tiny.weight.abs())
     once = HEADS * WIDTH * OUT + HEADS**2 * OUT + TARGETS * HEADS**2 + TARGETS * HEADS
-    assert products(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * once
+    assert count_operations(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * once
     read.pattern[:] = torch.tensor([1.0, -1.0, 0.0])[:, None, None]
     read.value[:] = read.value[:, :, :1]
     read.weight[:] = read.weight[:1]
     again = TARGETS * HEADS * OUT
-    assert products(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * (once + again)
+    assert count_operations(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * (once + again)
     # At a twentieth of the heads' lengths ten digits are left, and none is looked at again.
     read.pattern[:] = torch.tensor([1.0, -0.9, 0.0])[:, None, None]
-    assert products(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * once
+    assert count_operations(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * once
     read.pattern.zero_()
-    assert products(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * once
+    assert count_operations(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * once
 
 
 def test_as_many_sources_at_a_time_as_the_budget_has_room_for() -> None:
@@ -400,12 +392,12 @@ def test_norms_of_a_mixture_equal_those_of_its_parts(own: bool, max_bytes: int) 
 def test_vectors_are_kept_where_they_take_a_quarter_of_the_budget() -> None:
     token_sum = two_reads()
     quarter = BATCH * (TARGETS + SOURCES) * HEADS * OUT * 8
-    apart = sum(products(lambda r=r: r.norms(4 * quarter)) for r in token_sum.terms)
+    apart = sum(count_operations(lambda r=r: r.norms(4 * quarter)) for r in token_sum.terms)
     # The diagonal from kept vectors is a sum over heads, from values it is over d_head as well.
     diagonal = 2 * BATCH * TARGETS * HEADS * OUT
     for enough in (4 * quarter, 2**30):
-        assert products(lambda enough=enough: token_sum.norms(enough)) == apart + diagonal
-    assert products(lambda: token_sum.norms(4 * quarter - 1)) == apart + diagonal * WIDTH
+        assert count_operations(lambda enough=enough: token_sum.norms(enough)) == apart + diagonal
+    assert count_operations(lambda: token_sum.norms(4 * quarter - 1)) == apart + diagonal * WIDTH
 
 
 # --- Support ------------------------------------------------------------------------------------
