@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -126,6 +127,11 @@ class Facts:
     def hf_config(self) -> Any:
         """Returns the Hugging Face config of a bridge, or None."""
         return getattr(getattr(self.model, "original_model", None), "config", None)
+
+
+def maths_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of the maths: at least single precision, to which the rest is upcast."""
+    return weight.dtype if weight.dtype == torch.float64 else torch.float32
 
 
 def token_embedding(model: Any) -> Any:

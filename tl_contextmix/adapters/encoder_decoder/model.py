@@ -108,12 +108,35 @@ def from_view(model: Any, view: ModelView, language: str | None = None) -> Encod
     original = getattr(model, "original_model", None)
     require_no_hooks_on([model] if original is None else [model, original.get_encoder()])
     decoder = replace(_decoder(model, view), start=decoder_prompt(model, language).ids)
-    owner = weakref.ref(model)
-    encode = _require_decoder_text(view)
+    return of_view(
+        view,
+        decoder,
+        tokenizer,
+        language,
+        states=lambda side: _view_states(view, side),
+        norm=_view_norm(model, view),
+    )
+
+
+def of_view(
+    view: ModelView, decoder: MemoryDecoder, tokenizer: Any, language: str | None, **own: Any
+) -> EncoderDecoder:
+    """Returns an encoder-decoder whose names and text are those of a view.
+
+    Args:
+        view: The view.
+        decoder: Runs the decoder.
+        tokenizer: The model's, or None.
+        language: What the decoder is told.
+        **own: The rest, by the names of `EncoderDecoder`.
+    """
+    encode = view.encode_decoder
+    assert encode is not None
 
     def encode_target(text: str, end: bool) -> list[int]:
         ids = encode(text, language)[len(decoder.start) :]
-        return whole(ids, decoder.ends) if end else ids
+        ended = not decoder.ends or (ids and ids[-1] in decoder.ends)
+        return ids if ended or not end else [*ids, decoder.ends[0]]
 
     return EncoderDecoder(
         name=view.name,
@@ -123,22 +146,14 @@ def from_view(model: Any, view: ModelView, language: str | None = None) -> Encod
         fingerprint=view.fingerprint,
         n_layers=len(view.stacks["encoder"]),
         view=view,
-        states=lambda side: _view_states(view, side),
-        norm=_view_norm(model, view),
         decoder=decoder,
         prompt=lambda side: torch.tensor([decoder.start] * len(side.ids)),
         encode_target=encode_target,
         to_string=view.to_string,
-        to_text=lambda ids: text_of(
-            getattr(owner(), "tokenizer", None), ids, skip_special_tokens=True
-        ),
+        to_text=lambda ids: text_of(tokenizer, ids, skip_special_tokens=True),
         special=special_ids(decoder, tokenizer),
+        **own,
     )
-
-
-def _require_decoder_text(view: ModelView) -> Callable[..., list[int]]:
-    assert view.encode_decoder is not None
-    return view.encode_decoder
 
 
 @dataclass(frozen=True)
@@ -175,11 +190,11 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
         twin = _TWINS.get(model)
         if twin is None or twin.view is not view:
             twin = _TWINS[model] = _make_twin(model, view)
-    if twin.model is None and original is None:
+    if twin.model is not None:
+        return _memory_decoder(model, view, twin.model, alone=True)
+    if original is None:
         raise UnsupportedModel(twin.reason)
-    if twin.model is None:
-        return _memory_decoder(model, view, original, alone=False)
-    return _memory_decoder(model, view, twin.model, alone=True)
+    return _memory_decoder(model, view, original, alone=False)
 
 
 def _memory_decoder(model: Any, view: ModelView, decoding: Any, *, alone: bool) -> MemoryDecoder:
@@ -279,39 +294,15 @@ def require_no_hooks_on(outer: Sequence[nn.Module]) -> None:
         )
 
 
-class _Enough(Exception):
-    """Ends a forward pass once all requested activations are kept."""
-
-
 def _view_states(view: ModelView, side: Side) -> list[Tensor]:
     """Returns the encoder's residual streams from one pass that stops after it."""
     blocks = view.stacks["encoder"]
     names = [blocks[0].resid_in, *(block.resid_out for block in blocks)]
-    kept: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[Tensor], Tensor]:
-        def edit(stream: Tensor) -> Tensor:
-            kept[name] = stream.detach().to(view.device, view.dtype)
-            if name == names[-1]:
-                raise _Enough
-            return stream
-
-        return edit
-
-    start = _require_decoder_text(view)(None)
-    inputs = torch.tensor([start] * len(side.ids))
+    assert view.encode_decoder is not None
+    inputs = torch.tensor([view.encode_decoder(None)] * len(side.ids))
     decoder = Side(inputs, torch.ones_like(inputs, dtype=torch.bool))
-    try:
-        view.run(Batch(side, decoder), [], edits={name: keep(name) for name in names})
-    except _Enough:
-        return [kept[name] for name in names]
-    # Unreachable: `run` raises if hooks do not fire.
-    raise AssertionError(names[-1])
-
-
-def whole(ids: list[int], ends: tuple[int, ...]) -> list[int]:
-    """Returns decoder input ids with an end token."""
-    return ids if not ends or (ids[-1:] and ids[-1] in ends) else [*ids, ends[0]]
+    trace = view.run(Batch(side, decoder), names, logits=False)
+    return [trace[name] for name in names]
 
 
 def special_ids(decoder: MemoryDecoder, tokenizer: Any) -> frozenset[int]:

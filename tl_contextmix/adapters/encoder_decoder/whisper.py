@@ -19,6 +19,7 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     special_ids,
 )
 from tl_contextmix.adapters.inputs.activation_cache import describe
+from tl_contextmix.adapters.recognition import maths_dtype
 from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
 from tl_contextmix.adapters.tokenizers import in_frame, piece_of, text_of
 from tl_contextmix.adapters.weight_processing import fingerprint
@@ -64,7 +65,7 @@ def from_speech(
     decoder = MemoryDecoder(
         model=model,
         owner=model,
-        dtype=first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32,
+        dtype=maths_dtype(first),
         start=(int(config.decoder_start_token_id if start is None else start),),
         ends=end_tokens(settings),
         pad=settings.pad_token_id or 0,

@@ -1,0 +1,86 @@
+"""Hugging Face models that no bridge holds, under the names by which those of a bridge are read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters.building import text_side
+from tl_contextmix.adapters.handles import Handle
+from tl_contextmix.adapters.recognition import Facts, major, maths_dtype
+from tl_contextmix.adapters.running import hooked_places, without_hooks
+from tl_contextmix.adapters.verification import tolerance_of
+from tl_contextmix.adapters.weight_processing import fingerprint
+from tl_contextmix.core.model_view import CacheReader, ModelView
+
+
+class Unbridged:
+    """A model, not kept alive.
+
+    Args:
+        model: The model.
+        d_vocab: How many token ids it reads.
+        pair: Whether it has a decoder: texts then get the special tokens of their tokenizer.
+        tokenizer: Returns the tokenizer of the model, or None.
+    """
+
+    def __init__(
+        self, model: Any, d_vocab: int, pair: bool, tokenizer: Callable[[Any], Any]
+    ) -> None:
+        self.model, self._tokenizer = weakref.ref(model), tokenizer
+        self.cfg, self.W_E = SimpleNamespace(), torch.empty(d_vocab, 0)
+        self._modules = {"decoder_blocks": None} if pair else {}
+        first = next(model.parameters())
+        self.handle = Handle(
+            weakref.ref(self), "TransformerBridge", maths_dtype(first), first.device
+        )
+
+    @property
+    def original_model(self) -> Any:
+        """The model."""
+        model = self.model()
+        if model is None:
+            raise ReferenceError("the model of this view has been deleted")
+        return model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, or None."""
+        return self._tokenizer(self.original_model)
+
+    def view(self, weights: Mapping[str, Tensor], **own: Any) -> ModelView:
+        """Returns a view of the model.
+
+        Args:
+            weights: Its weights.
+            **own: What is not the same for all such models, by the names of `ModelView`.
+        """
+        from transformers import __version__
+
+        kind, device = type(self.original_model).__name__, self.handle.device
+        facts = Facts(self, "TransformerBridge", major(), kind)
+        common = {
+            "name": str(getattr(self.original_model.config, "_name_or_path", "") or kind),
+            "host": kind,
+            "host_version": __version__,
+            "processing": (),
+            "fingerprint": fingerprint(weights),
+            "dtype": self.handle.dtype,
+            "device": device,
+            "d_vocab": len(self.W_E),
+            "tolerance": tolerance_of({weight.dtype for weight in weights.values()}, device),
+            "hooked": lambda *, backward=False: hooked_places(
+                self.original_model, backward=backward
+            ),
+            "without_hooks": lambda: without_hooks(self.original_model),
+            "follow": lambda trace, *rest: trace,
+            "cached": CacheReader(lambda name: (), {}, lambda *ids: torch.empty(0)),
+        }
+        return ModelView(
+            **{**common, **text_side(self.handle, facts, pair=bool(self._modules)), **own}
+        )
