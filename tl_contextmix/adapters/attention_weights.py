@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tl_contextmix.adapters.recognition import eps_of
+
 
 def is_special(module: nn.Module) -> bool:
     """Whether a module has weights that the bridge itself does not show."""
@@ -149,8 +151,8 @@ def latent_scales(
 def _scale(
     norm: Any, x: Tensor, layer: tuple[Tensor, ...], ready: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
-    return (functional.linear(x, *map(ready, layer)).square().mean() + eps).sqrt()
+    size = functional.linear(x, *map(ready, layer)).square().mean()
+    return (size + eps_of(norm, 1e-6)).sqrt()
 
 
 def compression(module: nn.Module) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.expert_reading import inner
+from tl_contextmix.adapters.recognition import inner
 from tl_contextmix.core.blocks import Block, EditPoints
 from tl_contextmix.core.per_layer_embedding import PerLayerEmbedding
 from tl_contextmix.core.token_sums import Norm

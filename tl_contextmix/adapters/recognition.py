@@ -35,6 +35,19 @@ def every_module(model: nn.Module) -> list[nn.Module]:
     return [*found]
 
 
+def inner(module: Any) -> Any:
+    """Returns the module of Hugging Face that one of a bridge wraps; any other one as it is."""
+    while isinstance(held := getattr(module, "original_component", None), nn.Module):
+        module = held
+    return module
+
+
+def eps_of(module: Any, default: float) -> float:
+    """Returns what a norm adds to the mean square, by either of its names."""
+    found = (getattr(module, name, None) for name in ("eps", "variance_epsilon"))
+    return float(next((eps for eps in found if eps is not None), default))
+
+
 @functools.cache
 def major() -> int:
     """Returns the major version of TransformerLens, detected from its modules.

@@ -83,22 +83,14 @@ def _norms_folded(facts: Facts, blocks: list[Block]) -> bool:
     # classes, where folding changes the type.
     if not getattr(facts.model, "_weights_processed", False):
         return False
-    norms = [
-        norm
-        for block in blocks
-        for norm in (*(a.norm_in for a in block.attentions), _ff_norm(block))
-        if norm is not None
-    ]
+    sublayers = [one for block in blocks for one in (*block.attentions, block.feed_forward)]
+    norms = [one.norm_in for one in sublayers if one is not None and one.norm_in is not None]
     plain = [
         norm.weight is None
         or (bool((norm.weight == 1).all()) and (norm.bias is None or not bool(norm.bias.any())))
         for norm in norms
     ]
     return bool(plain) and all(plain)
-
-
-def _ff_norm(block: Block) -> Any:
-    return None if block.feed_forward is None else block.feed_forward.norm_in
 
 
 def changed_by(method: str, options: Mapping[str, Any], processing: Iterable[str]) -> list[str]:

@@ -31,7 +31,7 @@ from tl_contextmix.adapters.running import (
     without_hooks,
 )
 from tl_contextmix.adapters.unbridged import Unbridged
-from tl_contextmix.adapters.verification import tolerance_of
+from tl_contextmix.adapters.verification import relative_error, tolerance_of
 from tl_contextmix.core.blocks import Batch, Block, Side
 from tl_contextmix.core.model_view import Hooks, ModelView, PassOutput, Readout
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -83,7 +83,7 @@ def held_in(model: Any) -> Any | None:
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             return None
     tolerance = tolerance_of({weight.dtype for weight in weights}, device)
-    return twin if _error(plain, own) <= tolerance else None
+    return twin if relative_error(plain, own) <= tolerance else None
 
 
 def from_text(model: Any, tokenizer: Any, language: str | None = None) -> EncoderDecoder:
@@ -275,15 +275,15 @@ def _probed(model: Any, found: EncoderDecoder) -> tuple[nn.Module | None, bool]:
             norm: last if norm is None else norm(last.to(like.dtype)).to(view.dtype)
             for norm in norms
         }
-        norm, nearest = min(options.items(), key=lambda pair: _error(pair[1], read))
-        error, whole, steps = _error(nearest, read), found.decoder, found.decoder
+        norm, nearest = min(options.items(), key=lambda pair: relative_error(pair[1], read))
+        error, whole, steps = relative_error(nearest, read), found.decoder, found.decoder
         steps = replace(steps, stepwise=True)
         both_logits = [one.logits(read, side.mask, ids) for one in (whole, steps)]
-        stepwise = _error(both_logits[0], both_logits[1]) > view.tolerance
+        stepwise = relative_error(both_logits[0], both_logits[1]) > view.tolerance
         for row in range(len(ids)):
             part = slice(row, row + 1)
             alone = (steps if stepwise else whole).logits(read[part], side.mask[part], ids[part])
-            error = max(error, _error(both_logits[stepwise][part], alone))
+            error = max(error, relative_error(both_logits[stepwise][part], alone))
     if error <= view.tolerance and not _drops(model):
         return norm, stepwise
     raise UnsupportedModel(
@@ -304,7 +304,3 @@ def _drops(model: Any) -> str:
     if fraction < 1:
         return f"experts that leave tokens out (moe_eval_capacity_token_fraction={fraction})"
     return "" if policy == "all" else f"a second expert at random (second_expert_policy={policy!r})"
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())

@@ -25,6 +25,7 @@ from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
 from tl_contextmix.adapters.norm_reading import final_norm_modules
 from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
 from tl_contextmix.adapters.tokenizers import Labels, name_tokens, text_of
+from tl_contextmix.adapters.verification import relative_error
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -244,8 +245,7 @@ def _make_twin(model: Any, view: ModelView) -> _Twin:
         memory = trace[last] if norm is None else norm(trace[last])
     logits = _memory_decoder(model, view, plain, alone=True).logits(memory, side.mask, inputs)
     assert trace.logits is not None
-    expected = trace.logits.to(logits.dtype)
-    error = float((logits - expected).abs().max() / expected.abs().max())
+    error = relative_error(logits, trace.logits.to(logits.dtype))
     # Hugging Face's float64 T5 computes norms in float32: 1e-7 measured, 0.1 if wrong.
     if error <= max(view.tolerance, 1e-5):
         return _Twin(view, plain, "")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import isfinite
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_contextmix.adapters.verification import relative_error
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import ModelView, Padding
@@ -213,11 +215,11 @@ def _try(view: ModelView, where: str, placed: bool) -> str:
     sides = Side(ids=ids, mask=real), padded
     with view.without_hooks():
         plain, found = (_streams(view, side, placed) for side in sides)
-    error = max(_error(found[name], stream) for name, stream in plain.items())
-    if error <= view.tolerance:
+    errors = [relative_error(found[name], stream) for name, stream in plain.items()]
+    if all(error <= view.tolerance for error in errors):
         return ""
-    place = "before" if where == "left" else "after"
-    if error == float("inf"):
+    place, error = "before" if where == "left" else "after", max(errors)
+    if not all(map(isfinite, errors)):
         kind = next(iter(found.values())).dtype
         return why_not_finite(f"tokens with padding {place} them", kind, padded=True)
     return four_parts(
@@ -242,8 +244,3 @@ def _streams(view: ModelView, side: Side, placed: bool) -> dict[str, Tensor]:
         block.resid_out: trace[block.resid_out][:, trace.batch.side(stack).mask[0]]
         for stack, block in last.items()
     }
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    error = float((found - expected).abs().max() / expected.abs().max())
-    return error if error == error else float("inf")
