@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_contextmix.adapters.building import text_side
 from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.recognition import Facts, major, maths_dtype
-from tl_contextmix.adapters.running import hooked_places, without_hooks
+from tl_contextmix.adapters.running import hooked_places, lock_of, without_hooks
 from tl_contextmix.adapters.verification import tolerance_of
 from tl_contextmix.adapters.weight_processing import fingerprint
-from tl_contextmix.core.model_view import CacheReader, ModelView
+from tl_contextmix.core.model_view import CacheReader, Edit, ModelView
 
 
 class Unbridged:
@@ -84,3 +87,69 @@ class Unbridged:
         return ModelView(
             **{**common, **text_side(self.handle, facts, pair=bool(self._modules)), **own}
         )
+
+
+class _Ended(BaseException):
+    """A pass has shown all that was asked for; no `Exception`, which a model may catch."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an activation of a model is.
+
+    Attributes:
+        module: The module.
+        kind: Whether it is what goes ``"in"`` to it, what comes ``"out"`` or its ``"pattern"``.
+        heads: How many heads it has side by side; 0 where it has none.
+        edit: What edits it.
+    """
+
+    module: nn.Module
+    kind: str
+    heads: int = 0
+    edit: Edit | None = None
+
+
+@contextmanager
+def keeping(
+    model: nn.Module, places: Mapping[str, Place], last: str = ""
+) -> Iterator[dict[str, Tensor]]:
+    """Keeps activations of a pass by name, in the order of the pass, which ends with the last."""
+    kept: dict[str, Tensor] = {}
+
+    def see(name: str, value: Tensor) -> Tensor:
+        place = places[name]
+        value = value.unflatten(-1, (place.heads, -1)) if place.heads else value
+        value = kept[name] = value if place.edit is None else place.edit(value)
+        if name == last:
+            raise _Ended
+        return value.flatten(2) if place.heads else value
+
+    def before(name: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if given:
+            return (see(name, given[0]), *given[1:]), named
+        return given, {**named, "hidden_states": see(name, named["hidden_states"])}
+
+    def after(name: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+        if places[name].kind == "pattern":
+            kept[name] = output[1]
+            return output
+        if isinstance(output, tuple):
+            return (see(name, output[0]), *output[1:])
+        return see(name, output)
+
+    handles: list[Any] = []
+    with lock_of(model), torch.no_grad():
+        try:
+            for name, place in places.items():
+                if place.kind == "in":
+                    see_in = partial(before, name)
+                    handles.append(place.module.register_forward_pre_hook(see_in, with_kwargs=True))
+                else:
+                    handles.append(place.module.register_forward_hook(partial(after, name)))
+            yield kept
+        except _Ended:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -6,7 +6,7 @@ For those that TransformerLens has no class for, and for bridges that show too l
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from tl_contextmix.adapters.running import (
     require_no_dropout,
     without_hooks,
 )
-from tl_contextmix.adapters.unbridged import Unbridged
+from tl_contextmix.adapters.unbridged import Place, Unbridged, keeping
 from tl_contextmix.adapters.verification import relative_error, tolerance_of
 from tl_contextmix.core.blocks import Batch, Block, Side
 from tl_contextmix.core.model_view import Hooks, ModelView, PassOutput, Readout
@@ -175,11 +175,6 @@ def _ends(model: Any, side: str) -> tuple[Block, ...]:
     )
 
 
-class _Enough(BaseException):
-    """A pass has shown the encoder's states; no `Exception`, which a model may catch."""
-
-
-@torch.no_grad()
 def _run(host: Unbridged, batch: Batch, hooks: Hooks, last: str = "") -> PassOutput:
     """Runs a model once and keeps the streams between its blocks.
 
@@ -189,53 +184,29 @@ def _run(host: Unbridged, batch: Batch, hooks: Hooks, last: str = "") -> PassOut
         hooks: Names of the streams; nothing edits them.
         last: The one after which to stop.
     """
-    model, kept = host.original_model, {}
-    assert batch.decoder is not None
-    lengths = {"encoder": batch.main.ids.shape[1], "decoder": batch.decoder.ids.shape[1]}
-
-    def keep(name: str, stream: Any) -> None:
-        stream = stream[0] if isinstance(stream, tuple) else stream
-        # Encoders of windows pad their input to whole windows (LED, Pegasus-X), and ProphetNet's
-        # decoder has streams of further tokens behind the main one.
-        kept[name] = stream[:, : lengths[name.partition(".")[0]]]
-        if name == last:
-            raise _Enough
-
-    def before(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            keep(name, given[0] if given else named["hidden_states"])
-
-        return see
-
-    def after(name: str) -> Callable[..., None]:
-        return lambda module, given, output: keep(name, output)
-
-    device = next(model.parameters()).device
-    ids = batch.main.ids.masked_fill(~batch.main.mask, _pad_id(model)).to(device)
-    handles: list[Any] = []
-    with lock_of(model):
-        try:
-            for name, _ in hooks:
-                side, layer, point = name.split(".")
-                block = getattr(model, f"get_{side}")()
-                block = _blocks(block)[int(layer)]  # pyright: ignore[reportOptionalSubscript]
-                if point == "hook_in":
-                    handles.append(block.register_forward_pre_hook(before(name), with_kwargs=True))
-                else:
-                    handles.append(block.register_forward_hook(after(name)))
-            output = model(
-                input_ids=ids,
-                attention_mask=batch.main.mask.long().to(device),
-                decoder_input_ids=batch.decoder.ids.to(device),
-                use_cache=False,
-                **{name: value.to(device) for name, value in batch.further.items()},
-            ).logits
-        except _Enough:
-            output = None
-        finally:
-            for handle in handles:
-                handle.remove()
-    return output, kept, {}
+    model, decoder = host.original_model, batch.decoder
+    assert decoder is not None
+    places = {}
+    for name, _ in hooks:
+        side, layer, point = name.split(".")
+        blocks = _blocks(getattr(model, f"get_{side}")())
+        assert blocks is not None
+        places[name] = Place(blocks[int(layer)], point.removeprefix("hook_"))
+    device, output = next(model.parameters()).device, None
+    ids = batch.main.ids.masked_fill(~batch.main.mask, _pad_id(model))
+    with keeping(model, places, last) as kept:
+        output = model(
+            input_ids=ids.to(device),
+            attention_mask=batch.main.mask.long().to(device),
+            decoder_input_ids=decoder.ids.to(device),
+            use_cache=False,
+            **{name: value.to(device) for name, value in batch.further.items()},
+        ).logits
+    # Encoders of windows pad their input to whole windows (LED, Pegasus-X), and ProphetNet's
+    # decoder has streams of further tokens behind the main one.
+    lengths = {"encoder": ids.shape[1], "decoder": decoder.ids.shape[1]}
+    shown = {name: kept[name][:, : lengths[name.partition(".")[0]]] for name in kept}
+    return output, shown, {}
 
 
 def _pad_id(model: Any) -> int:

@@ -20,8 +20,9 @@ from tl_contextmix.adapters.encoder_decoder.model import (
 )
 from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.adapters.recognition import maths_dtype
-from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
+from tl_contextmix.adapters.running import require_no_autocast, require_no_dropout
 from tl_contextmix.adapters.tokenizers import in_frame, piece_of, text_of
+from tl_contextmix.adapters.unbridged import Place, keeping
 from tl_contextmix.adapters.weight_processing import fingerprint
 from tl_contextmix.errors import InvalidInput, bad, warn
 
@@ -140,32 +141,19 @@ def _prompt(
     return result
 
 
-@torch.no_grad()
 def _speech_states(model: Any, features: Float[Tensor, "batch mel frame"]) -> list[Tensor]:
     """Returns the encoder's states: after convolutions and positions, then after every block."""
-    encoder, kept = model.get_encoder(), []
-    first = next(model.parameters())
+    encoder, first = model.get_encoder(), next(model.parameters())
     bins = model.config.num_mel_bins
     if features.shape[1] != bins:
         raise _unfit(features, f"{bins} mel bins")
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.append(args[0])
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
-
-    with lock_of(model):
-        handles = [encoder.layers[0].register_forward_pre_hook(before)]
-        handles += [layer.register_forward_hook(after) for layer in encoder.layers]
+    places = {str(n): Place(layer, "out") for n, layer in enumerate(encoder.layers)}
+    with keeping(model, {"in": Place(encoder.layers[0], "in"), **places}) as kept:
         try:
             encoder(features.to(first.device, first.dtype))
         except ValueError as error:
             raise _unfit(features, str(error)) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-    return kept
+    return list(kept.values())
 
 
 def _unfit(features: Tensor, expected: str) -> InvalidInput:
