@@ -367,10 +367,7 @@ def _output_names(facts: Facts, to_string: Callable[[int], str]) -> Callable[[in
 def text_side(handle: Handle, facts: Facts, *, pair: bool) -> dict[str, Any]:
     """Returns what a view knows of text, by the names of `ModelView`.
 
-    Args:
-        handle: The model.
-        facts: What is known of it.
-        pair: Whether it has a decoder side beside the main one.
+    ``pair`` says whether the model has a decoder side beside the main one.
     """
     to_string = make_to_string(handle)
     return {

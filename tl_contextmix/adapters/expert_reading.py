@@ -45,13 +45,8 @@ def read_experts(
     """Returns the experts of a feed-forward module; None where they do not compute what it does.
 
     Routers and experts of unknown classes may want other arguments, and hold other weights.
-
-    Args:
-        handle: The model, a `Handle`.
-        here: Path of the module.
-        edits: Where hooks may edit what it writes.
-        module_of: Calls the module.
-        dense_path: Path of a dense layer that every token goes through, too; empty for none.
+    ``module_of`` calls the module; ``dense_path`` is that of a layer that every token goes through,
+    too.
     """
     try:
         found = _experts(handle, here, edits, dense_path)

@@ -113,13 +113,7 @@ def read_head_norm(
     """Returns the norm of queries (``"q"``) or keys (``"k"``) of an attention module.
 
     None where there is none, or none that is known: scores are then no bilinear form of what their
-    heads read, which is seen where somebody asks for one.
-
-    Args:
-        attention: The module.
-        side: Which.
-        width: Returns the width of its heads.
-        dtype: Dtype of the maths.
+    heads read, which is seen where somebody asks for one. ``width`` returns that of a head.
     """
     inside: Any = getattr(attention, "original_component", None)
     every = {**getattr(inside, "_modules", {}), **attention._modules}

@@ -58,10 +58,6 @@ _WORKING = 8
 def block_lists(model: nn.Module, encoder_only: bool) -> dict[str, tuple[str, nn.ModuleList]]:
     """Returns prefix and blocks of every stack of a model.
 
-    Args:
-        model: The model.
-        encoder_only: Whether a single stack is an encoder (masked language models).
-
     Raises:
         UnsupportedModel: If there is no list of blocks.
     """
@@ -416,13 +412,7 @@ def _opaque(
 ) -> OpaqueFeedForward:
     """Returns a feed-forward sublayer as one component, which does not need its weights.
 
-    Args:
-        handle: The model.
-        path: Path of the block.
-        here: Path of the module.
-        edits: Where hooks may edit what it writes.
-        added_path: Path of a module whose output is added to its own; empty for none.
-        written: Name of that sum.
+    The output of the module at ``added_path`` is added to its own, and ``written`` names the sum.
     """
 
     def call(place: str, x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def run_speech(
     watch: bool,
     logits: bool = True,
 ) -> PassOutput:
-    """Runs a model of sound once, see `ModelView.run`.
+    """Runs a model of sound once, see `ModelView.run`; a pass always goes to its end.
 
     Args:
         host: Holds the model as ``original_model``.
@@ -75,7 +75,7 @@ def run_speech(
         hooks: Names of activations, and what edits them.
         grad: Whether gradients are asked for, which are refused.
         watch: Without a meaning: models with hooks are refused.
-        logits: Without a meaning: a pass goes to its end.
+        logits: Without a meaning.
     """
     del watch, logits
     model = host.original_model

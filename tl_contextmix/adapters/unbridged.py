@@ -57,12 +57,7 @@ class Unbridged:
         return self._tokenizer(self.original_model)
 
     def view(self, weights: Mapping[str, Tensor], **own: Any) -> ModelView:
-        """Returns a view of the model.
-
-        Args:
-            weights: Its weights.
-            **own: What is not the same for all such models, by the names of `ModelView`.
-        """
+        """Returns a view of the model; ``own`` is what is not the same for all of them."""
         from transformers import __version__
 
         kind, device = type(self.original_model).__name__, self.handle.device

@@ -96,10 +96,7 @@ def _norms_folded(facts: Facts, blocks: list[Block]) -> bool:
 def changed_by(method: str, options: Mapping[str, Any], processing: Iterable[str]) -> list[str]:
     """Returns the steps that change a method's numbers; none changes predictions.
 
-    Args:
-        method: Name of the method.
-        options: Its options, with the `by` of given components in ``removed`` or ``neurons``.
-        processing: The steps that were applied.
+    Its options have the `by` of given components in ``removed`` or ``neurons``.
     """
     return [step for step in processing if _matters(step, method, options)]
 

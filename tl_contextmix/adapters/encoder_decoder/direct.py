@@ -176,13 +176,9 @@ def _ends(model: Any, side: str) -> tuple[Block, ...]:
 
 
 def _run(host: Unbridged, batch: Batch, hooks: Hooks, last: str = "") -> PassOutput:
-    """Runs a model once and keeps the streams between its blocks.
+    """Runs a model once and keeps the streams between its blocks, which nothing edits.
 
-    Args:
-        host: The model.
-        batch: The tokens of both sides.
-        hooks: Names of the streams; nothing edits them.
-        last: The one after which to stop.
+    With ``last``, the pass ends with the stream of that name.
     """
     model, decoder = host.original_model, batch.decoder
     assert decoder is not None

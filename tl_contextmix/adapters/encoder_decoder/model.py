@@ -86,12 +86,7 @@ class EncoderDecoder:
 
 
 def from_view(model: Any, view: ModelView, language: str | None = None) -> EncoderDecoder:
-    """Returns a TransformerLens encoder-decoder.
-
-    Args:
-        model: The model.
-        view: Its view.
-        language: What its decoder is told, see `TokenInputs`.
+    """Returns a TransformerLens encoder-decoder whose decoder is told a language.
 
     Raises:
         UnsupportedModel: If it has one stack, or a decoder that cannot run alone.
@@ -122,15 +117,7 @@ def from_view(model: Any, view: ModelView, language: str | None = None) -> Encod
 def of_view(
     view: ModelView, decoder: MemoryDecoder, tokenizer: Any, language: str | None, **own: Any
 ) -> EncoderDecoder:
-    """Returns an encoder-decoder whose names and text are those of a view.
-
-    Args:
-        view: The view.
-        decoder: Runs the decoder.
-        tokenizer: The model's, or None.
-        language: What the decoder is told.
-        **own: The rest, by the names of `EncoderDecoder`.
-    """
+    """Returns an encoder-decoder whose names and text are those of a view; ``own`` is the rest."""
     encode = view.encode_decoder
     assert encode is not None
 

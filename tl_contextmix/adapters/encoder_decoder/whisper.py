@@ -45,13 +45,10 @@ def is_speech(model: object) -> bool:
 def from_speech(
     model: Any, tokenizer: Any, language: str | None = None, task: str | None = None
 ) -> EncoderDecoder:
-    """Returns a Hugging Face speech model as an encoder-decoder.
+    """Returns a Hugging Face speech model (Whisper) as an encoder-decoder.
 
-    Args:
-        model: A WhisperForConditionalGeneration, or a similar model.
-        tokenizer: Its tokenizer or processor; None shows token ids as numbers.
-        language: What its decoder is told, as ``generate`` takes it; None: by the settings.
-        task: Likewise.
+    Without a tokenizer, or a processor that has one, token ids are shown as numbers. Language and
+    task are what ``generate`` takes; None: by the settings.
     """
     from transformers import __version__
 

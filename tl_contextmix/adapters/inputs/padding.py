@@ -73,12 +73,7 @@ def _without(
 ) -> Side:
     """Returns ids with what the tokenizer pads with masked, and warns of it.
 
-    Args:
-        view: The model.
-        ids: The ids.
-        real: Returns the positions that are not padding, from where there is another token.
-        name: Of the ids, for the warning.
-        remedy: What to do about it.
+    ``real`` returns the positions that are not padding, from where there is another token.
     """
     how = view.padding()
     if how is None:
@@ -114,10 +109,7 @@ def find_target_padding(
 ) -> Side:
     """Returns ids of the decoder side, with the padding after them masked.
 
-    Args:
-        view: The model.
-        ids: The ids; T5's start with padding, which is the first of them alone.
-        start: What a decoder starts with.
+    T5's start with padding, which is then in ``start``: the first of them alone.
 
     Raises:
         InvalidInput: If there is padding before the text.
@@ -162,11 +154,6 @@ def _warn_of_padding(view: ModelView, how: Padding, mask: Tensor, name: str, rem
 def require_safe_padding(view: ModelView, side: Side, *, placed: bool = False) -> None:
     """Checks that padding changes nothing about the text.
 
-    Args:
-        view: The model.
-        side: The tokens.
-        placed: Whether their positions are given.
-
     Raises:
         InvalidInput: If there is padding and it does, see `unsafe_padding`.
     """
@@ -178,15 +165,10 @@ def require_safe_padding(view: ModelView, side: Side, *, placed: bool = False) -
 def unsafe_padding(view: ModelView, side: Side, *, placed: bool = False) -> str:
     """Returns why padding changes something about the text; empty where it does not.
 
-    Some hosts leave positions where they are (HookedEncoder, BART and Marian on the bridge) or
-    drop the mask, others turn rows of padding into NaN, by version, family and dtype. So padding
-    before the text and after it is tried once per model, on a few tokens with and without, and
-    without hooks of the user's own.
-
-    Args:
-        view: The model.
-        side: The tokens.
-        placed: Whether their positions are given.
+    Some hosts leave positions where they are (HookedEncoder, BART and Marian on the bridge), unless
+    they are ``placed``, or drop the mask, others turn rows of padding into NaN, by version, family
+    and dtype. So padding before the text and after it is tried once per model, on a few tokens with
+    and without, and without hooks of the user's own.
     """
     for where, edge in (("left", 0), ("right", -1)):
         if bool(side.mask[:, edge].all()):

@@ -385,12 +385,7 @@ class RobertaAdapter(_EncoderAdapter):
 
 
 def _classifier(adapter: type[_EncoderAdapter], kind: str) -> type[_EncoderAdapter]:
-    """Returns the adapter of an encoder with a `classifiers.Head`.
-
-    Args:
-        adapter: The encoder's.
-        kind: Which classifier, by the end of its class's name.
-    """
+    """Returns the adapter of an encoder with a `classifiers.Head`, of texts or of tokens."""
     modern = adapter is ModernBertAdapter
     layers = kind == OF_TEXTS or modern
     dense, norm = "head.dense" if layers else "", "head.norm" if modern else ""

@@ -27,13 +27,8 @@ def hugging_face_rows(model: Any, probe: Probe) -> Iterator[CheckRow]:
     """Yields the comparison of a bridge's logits with those of its Hugging Face model.
 
     Nothing where there is no such model, or where its weights are not the bridge's: weights that
-    were processed or edited, where the bridge holds copies.
-
-    Args:
-        model: A TransformerLens model.
-        probe: The clean pass whose logits are compared.
-
-    Cost: one more forward pass over the few tokens of the probe.
+    were processed or edited, where the bridge holds copies. Cost: a pass over the few
+    tokens of the probe.
     """
     original: Any = getattr(model, "original_model", None)
     config = getattr(original, "config", None)
