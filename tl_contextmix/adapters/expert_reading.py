@@ -157,38 +157,26 @@ def _linear(handle: Any, module: Any, name: str) -> Tensor | None:
 def _fused(handle: Any, here: str, number: int, name: str) -> Tensor | None:
     """Returns a weight of one of the experts that are held in one tensor."""
     held = _module(handle, here, "experts")
+    kind, _, leaf = name.partition("_")
+    layer = {"in": "gate_up_proj", "gate": "gate_up_proj", "out": "down_proj"}.get(leaf, "")
+    every = getattr(held, layer if kind == "W" else f"{layer}_bias", None)
+    if every is None:
+        return None
     transposed = getattr(held, "is_transposed", None)
     if transposed is None:
         transposed = held.gate_up_proj.shape[1] == _width(handle)
-    kind, _, leaf = name.partition("_")
-    if leaf == "out" and kind == "W":
-        weight = held.down_proj[number]
-        return handle.ready(weight if transposed else weight.T)
-    if leaf == "out":
-        bias = _bias(held, "down_proj_bias", number)
-        return None if bias is None else handle.ready(bias)
-    if leaf not in ("in", "gate"):
-        return None
-    both = held.gate_up_proj[number] if kind == "W" else _bias(held, "gate_up_proj_bias", number)
-    if both is None:
-        return None
-    both = both.T if kind == "W" and not transposed else both
-    if getattr(held, "is_concatenated", True):
-        both = both.unflatten(-1, (2, -1)).movedim(-2, 0)
-    else:
-        both = both.unflatten(-1, (-1, 2)).movedim(-1, 0)
-    found = handle.ready(both[0 if leaf == "gate" else 1])
-    return found + 1 if _limited(held) and (kind, leaf) == ("b", "in") else found
+    found = every[number] if kind == "b" or transposed else every[number].T
+    if leaf != "out":
+        together = getattr(held, "is_concatenated", True)
+        gate, up = found.chunk(2, dim=-1) if together else (found[..., ::2], found[..., 1::2])
+        found = gate if leaf == "gate" else up
+    found = handle.ready(found)
+    return found + 1 if _limited(held) and name == "b_in" else found
 
 
 def _limited(held: Any) -> bool:
     """Whether experts compute ``(up + 1) gate sigmoid(alpha gate)`` of inputs within a limit."""
     return hasattr(held, "_apply_gate") and hasattr(held, "alpha") and hasattr(held, "limit")
-
-
-def _bias(held: Any, name: str, number: int) -> Tensor | None:
-    bias = getattr(held, name, None)
-    return None if bias is None else bias[number]
 
 
 def _activation(held: Any) -> Activation:

@@ -34,12 +34,12 @@ from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 
 _FAMILIES = ("whisper", "wav2vec2", "hubert")
-# How the modules of a block are called: Whisper's, those of wav2vec2 and HuBERT.
-_ATTENTIONS = (("self_attn", "self"), ("attention", "self"), ("encoder_attn", "cross"))
-_NORMS = {
-    "self_attn": "self_attn_layer_norm",
-    "attention": "layer_norm",
-    "encoder_attn": "encoder_attn_layer_norm",
+# How the modules of a block are called, Whisper's and those of wav2vec2 and HuBERT: attention with
+# its kind and its norm, and the layers of neurons.
+_ATTENTIONS: dict[str, tuple[Any, str]] = {
+    "self_attn": ("self", "self_attn_layer_norm"),
+    "attention": ("self", "layer_norm"),
+    "encoder_attn": ("cross", "encoder_attn_layer_norm"),
 }
 _NEURONS = (
     ("fc1", "fc2"),
@@ -81,12 +81,6 @@ def build_speech(model: Any, weights: Mapping[str, Tensor]) -> tuple[ModelView, 
             rows.append(readout_row(view, probe))
     limits = (view.readout.refusal,) if view.readout.refusal else ()
     return view, IdentityReport(f"{view.name} ({view.host})", tuple(rows), limits=limits, cause="")
-
-
-def _attention_modules(block: nn.Module) -> list[tuple[str, Any, Any]]:
-    """Returns names, modules and kinds of a block's attention sublayers."""
-    named = [(name, getattr(block, name, None), kind) for name, kind in _ATTENTIONS]
-    return [(name, module, kind) for name, module, kind in named if module is not None]
 
 
 def _unsettled(model: Any, weights: Mapping[str, Tensor]) -> tuple[Unbridged, ModelView]:
@@ -145,11 +139,20 @@ def _block(
             key=point(f".{name}.k_proj", f"{name}.k", "heads out"),
             weights=partial(_attention_weight, host, side, layer, name),
         )
-        for name, _, kind in _attention_modules(module)
+        for name, (kind, _) in _ATTENTIONS.items()
+        if name in module._modules
     )
-    pair = next((pair for pair in _NEURONS if all(_has(module, name) for name in pair)), None)
+    paths = {path for path, _ in module.named_modules()}
+    pair = next((pair for pair in _NEURONS if paths.issuperset(pair)), None)
     if pair is None:
-        raise _unknown(module)
+        raise UnsupportedModel(
+            four_parts(
+                "the blocks of this model of sound cannot be read",
+                f"a {type(module).__name__}",
+                "attention and two linear layers, as in Whisper, wav2vec2 and HuBERT",
+                "Use one of these.",
+            )
+        )
     return Block(
         layer=layer,
         resid_in=point("", "resid_in", "in"),
@@ -161,25 +164,6 @@ def _block(
             pre_linear=None,
             weights=partial(_neuron_weight, host, side, layer, pair),
         ),
-    )
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _unknown(module: nn.Module) -> UnsupportedModel:
-    return UnsupportedModel(
-        four_parts(
-            "the blocks of this model of sound cannot be read",
-            f"a {type(module).__name__}",
-            "attention and two linear layers, as in Whisper, wav2vec2 and HuBERT",
-            "Use one of these.",
-        )
     )
 
 
@@ -226,11 +210,11 @@ def _placements(host: Unbridged, view: ModelView, side: str, block: Block) -> li
     def norm(name: str) -> Norm:
         return _norm(getattr(module, name), view.dtype)
 
-    names = [name for name, _, _ in _attention_modules(module)]
+    names = [own for name, (_, own) in _ATTENTIONS.items() if name in module._modules]
     result = []
     for place in ("norm_in", "norm_after"):
         attentions = tuple(
-            replace(attention, **{place: norm(_NORMS[name])})
+            replace(attention, **{place: norm(name)})
             for attention, name in zip(block.attentions, names, strict=True)
         )
         assert block.feed_forward is not None

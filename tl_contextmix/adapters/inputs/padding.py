@@ -79,7 +79,18 @@ def _without(
     if how is None:
         return Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
     mask = real(how, ids != how.token)
-    _warn_of_padding(view, how, mask, name, remedy)
+    padded = (~mask).sum(dim=1)
+    rows = padded.nonzero()[:, 0].tolist()
+    if rows:
+        warn(
+            four_parts(
+                f"the {name} is taken as padded",
+                f"{int(padded.sum())} times {how.token} ({view.to_string(how.token)!r}), which "
+                f"the tokenizer pads with, at the ends of row {', '.join(map(str, rows))}",
+                "a mask, or ids without padding",
+                remedy,
+            )
+        )
     return Side(ids=ids, mask=mask)
 
 
@@ -134,21 +145,6 @@ def find_target_padding(
 
     remedy = "Cut it off where it is common to all rows, or give texts."
     return _without(view, ids, real, "decoder_input", remedy)
-
-
-def _warn_of_padding(view: ModelView, how: Padding, mask: Tensor, name: str, remedy: str) -> None:
-    padded = (~mask).sum(dim=1)
-    rows = padded.nonzero()[:, 0].tolist()
-    if rows:
-        warn(
-            four_parts(
-                f"the {name} is taken as padded",
-                f"{int(padded.sum())} times {how.token} ({view.to_string(how.token)!r}), which "
-                f"the tokenizer pads with, at the ends of row {', '.join(map(str, rows))}",
-                "a mask, or ids without padding",
-                remedy,
-            )
-        )
 
 
 def require_safe_padding(view: ModelView, side: Side, *, placed: bool = False) -> None:
