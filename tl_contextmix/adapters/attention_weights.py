@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tl_contextmix.adapters.recognition import eps_of
+
 
 def is_special(module: nn.Module) -> bool:
     """Whether a module has weights that the bridge itself does not show."""
@@ -45,13 +47,7 @@ def adapted(module: nn.Module, name: str) -> bool:
 
 
 def special_weight(module: nn.Module, name: str, heads: int) -> Tensor | None:
-    """Returns a weight of an attention module; None where the bridge itself shows it.
-
-    Args:
-        module: The module.
-        name: The weight.
-        heads: How many query heads there are.
-    """
+    """Returns a weight of an attention module; None where the bridge itself shows it."""
     if name == "W_O" and borrows(module):
         return _own_width(module, name, heads)
     if "v_norm" in module._modules and name in ("W_Q", "W_K", "W_V", "W_O"):
@@ -128,11 +124,7 @@ def latent_scales(
 ) -> Tensor:
     """Returns what divides queries (``"Q"``) or keys (``"K"``) of latent attention.
 
-    Args:
-        module: The module.
-        x: The normed stream of one position.
-        name: Which.
-        ready: Returns a weight in the dtype of the maths.
+    ``x`` is the normed stream of one position; ``ready`` brings weights to the dtype of the maths.
     """
     original: Any = module.original_component
     nope, rope = original.qk_nope_head_dim, original.qk_rope_head_dim
@@ -149,8 +141,8 @@ def latent_scales(
 def _scale(
     norm: Any, x: Tensor, layer: tuple[Tensor, ...], ready: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
-    return (functional.linear(x, *map(ready, layer)).square().mean() + eps).sqrt()
+    size = functional.linear(x, *map(ready, layer)).square().mean()
+    return (size + eps_of(norm, 1e-6)).sqrt()
 
 
 def compression(module: nn.Module) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.layouts import find_layouts
 from tl_contextmix.adapters.norm_reading import final_norms
 from tl_contextmix.adapters.reading import block_lists, candidates, with_placed_edits
-from tl_contextmix.adapters.recognition import Facts, host_version, token_embedding
+from tl_contextmix.adapters.recognition import Facts, host_version, maths_dtype, token_embedding
 from tl_contextmix.adapters.refusals import solu_refusal
 from tl_contextmix.adapters.running import (
     arguments_taken,
@@ -80,7 +80,8 @@ def build(facts: Facts, weights: Weights) -> tuple[ModelView, IdentityReport]:
     the hooks do to a pass is checked on that pass.
     """
     model = facts.model
-    handle = _handle(facts)
+    first = next(model.parameters())
+    handle = Handle(weakref.ref(model), facts.host, maths_dtype(first), first.device)
     splices = find_splices(model)
     # A host's own activation may have trained parameters (xIELU).
     with without_hooks(model, splices), _unreadable(facts), torch.no_grad():
@@ -119,14 +120,7 @@ def _unreadable(facts: Facts) -> Iterator[None]:
         yield
     except (ContextMixError, torch.OutOfMemoryError):
         raise
-    except (
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except _FAILURES as error:
         what = (
             f"the blocks of {_name(facts)} cannot be read",
             "attention with values per head and a dense feed-forward layer",
@@ -150,13 +144,6 @@ def _in_reading(error: BaseException) -> bool:
             return False
         trace = trace.tb_next
     return True
-
-
-def _handle(facts: Facts) -> Handle:
-    first = next(facts.model.parameters())
-    # At least single precision: half-precision activations are upcast.
-    dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
-    return Handle(weakref.ref(facts.model), facts.host, dtype, first.device)
 
 
 def _name(facts: Facts) -> str:
@@ -380,10 +367,7 @@ def _output_names(facts: Facts, to_string: Callable[[int], str]) -> Callable[[in
 def text_side(handle: Handle, facts: Facts, *, pair: bool) -> dict[str, Any]:
     """Returns what a view knows of text, by the names of `ModelView`.
 
-    Args:
-        handle: The model.
-        facts: What is known of it.
-        pair: Whether it has a decoder side beside the main one.
+    ``pair`` says whether the model has a decoder side beside the main one.
     """
     to_string = make_to_string(handle)
     return {

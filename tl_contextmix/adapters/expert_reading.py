@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_contextmix.adapters.recognition import inner
 from tl_contextmix.core.activations import ACTIVATIONS, Activation, clamped, swish
 from tl_contextmix.core.blocks import EditPoints, FeedForward
 from tl_contextmix.core.experts import Experts, Router
@@ -44,13 +45,8 @@ def read_experts(
     """Returns the experts of a feed-forward module; None where they do not compute what it does.
 
     Routers and experts of unknown classes may want other arguments, and hold other weights.
-
-    Args:
-        handle: The model, a `Handle`.
-        here: Path of the module.
-        edits: Where hooks may edit what it writes.
-        module_of: Calls the module.
-        dense_path: Path of a dense layer that every token goes through, too; empty for none.
+    ``module_of`` calls the module; ``dense_path`` is that of a layer that every token goes through,
+    too.
     """
     try:
         found = _experts(handle, here, edits, dense_path)
@@ -109,13 +105,6 @@ def _same(handle: Any, found: Experts, module_of: Callable[[Tensor], Tensor]) ->
     return error <= _FIT.get(dtype, 5e-2)
 
 
-def inner(module: Any) -> Any:
-    """Returns the module of Hugging Face that one of a bridge wraps."""
-    while isinstance(wrapped := getattr(module, "original_component", None), nn.Module):
-        module = wrapped
-    return module
-
-
 def _width(handle: Any) -> int:
     return int(handle.get().cfg.d_model)
 
@@ -168,38 +157,26 @@ def _linear(handle: Any, module: Any, name: str) -> Tensor | None:
 def _fused(handle: Any, here: str, number: int, name: str) -> Tensor | None:
     """Returns a weight of one of the experts that are held in one tensor."""
     held = _module(handle, here, "experts")
+    kind, _, leaf = name.partition("_")
+    layer = {"in": "gate_up_proj", "gate": "gate_up_proj", "out": "down_proj"}.get(leaf, "")
+    every = getattr(held, layer if kind == "W" else f"{layer}_bias", None)
+    if every is None:
+        return None
     transposed = getattr(held, "is_transposed", None)
     if transposed is None:
         transposed = held.gate_up_proj.shape[1] == _width(handle)
-    kind, _, leaf = name.partition("_")
-    if leaf == "out" and kind == "W":
-        weight = held.down_proj[number]
-        return handle.ready(weight if transposed else weight.T)
-    if leaf == "out":
-        bias = _bias(held, "down_proj_bias", number)
-        return None if bias is None else handle.ready(bias)
-    if leaf not in ("in", "gate"):
-        return None
-    both = held.gate_up_proj[number] if kind == "W" else _bias(held, "gate_up_proj_bias", number)
-    if both is None:
-        return None
-    both = both.T if kind == "W" and not transposed else both
-    if getattr(held, "is_concatenated", True):
-        both = both.unflatten(-1, (2, -1)).movedim(-2, 0)
-    else:
-        both = both.unflatten(-1, (-1, 2)).movedim(-1, 0)
-    found = handle.ready(both[0 if leaf == "gate" else 1])
-    return found + 1 if _limited(held) and (kind, leaf) == ("b", "in") else found
+    found = every[number] if kind == "b" or transposed else every[number].T
+    if leaf != "out":
+        together = getattr(held, "is_concatenated", True)
+        gate, up = found.chunk(2, dim=-1) if together else (found[..., ::2], found[..., 1::2])
+        found = gate if leaf == "gate" else up
+    found = handle.ready(found)
+    return found + 1 if _limited(held) and name == "b_in" else found
 
 
 def _limited(held: Any) -> bool:
     """Whether experts compute ``(up + 1) gate sigmoid(alpha gate)`` of inputs within a limit."""
     return hasattr(held, "_apply_gate") and hasattr(held, "alpha") and hasattr(held, "limit")
-
-
-def _bias(held: Any, name: str, number: int) -> Tensor | None:
-    bias = getattr(held, name, None)
-    return None if bias is None else bias[number]
 
 
 def _activation(held: Any) -> Activation:

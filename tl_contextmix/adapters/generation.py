@@ -37,41 +37,34 @@ def make_generate(handle: Handle) -> Generate:
     return generate
 
 
-def _real(ids: Tensor, mask: Tensor, device: torch.device) -> Tensor:
-    """Returns the tokens of the only row."""
-    return ids[:, mask[0]].to(device)
+def _sides(batch: Batch, device: torch.device) -> list[Tensor]:
+    """Returns the real tokens of the only row, of both sides."""
+    sides = (batch.main, batch.decoder)
+    return [side.ids[:, side.mask[0]].to(device) for side in sides if side is not None]
 
 
 def _by_hugging_face(original: Any, batch: Batch, count: int, device: torch.device) -> list[int]:
-    text = _real(batch.main.ids, batch.main.mask, device)
+    text, *decoder_ids = _sides(batch, device)
     settings = copy.deepcopy(original.generation_config)
     settings.do_sample, settings.max_new_tokens = False, count
     settings.temperature, settings.top_p, settings.top_k = 1.0, 1.0, 50  # else it warns of them
     settings.max_length = settings.min_length = settings.min_new_tokens = None
     settings.return_dict_in_generate = False
     given = {"attention_mask": torch.ones_like(text)}
-    given |= {name: _real(value, batch.main.mask, device) for name, value in batch.further.items()}
-    start = text
-    if batch.decoder is not None:
-        start = _real(batch.decoder.ids, batch.decoder.mask, device)
-        given["decoder_input_ids"] = start
+    for name, value in batch.further.items():
+        given[name] = value[:, batch.main.mask[0]].to(device)
+    if decoder_ids:
+        given["decoder_input_ids"] = decoder_ids[0]
     found = original.generate(text, generation_config=settings, **given)
-    return found[0, start.shape[1] :].tolist()
+    return found[0, (decoder_ids or [text])[0].shape[1] :].tolist()
 
 
 def _greedy(model: Any, batch: Batch, count: int, device: torch.device) -> list[int]:
-    text = _real(batch.main.ids, batch.main.mask, device)
-    decoder_ids = None
-    if batch.decoder is not None:
-        decoder_ids = _real(batch.decoder.ids, batch.decoder.mask, device)
+    sides = _sides(batch, device)
     end = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
     result: list[int] = []
     while len(result) < count and (not result or result[-1] != end):
-        logits = model(text) if decoder_ids is None else model(text, decoder_ids)
-        token = logits[:, -1:].argmax(dim=-1)
-        if decoder_ids is None:
-            text = torch.cat([text, token], dim=1)
-        else:
-            decoder_ids = torch.cat([decoder_ids, token], dim=1)
+        token = model(*sides)[:, -1:].argmax(dim=-1)
+        sides[-1] = torch.cat([sides[-1], token], dim=1)
         result.append(int(token))
     return result

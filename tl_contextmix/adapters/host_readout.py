@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from tl_contextmix.adapters.handles import Handle
-from tl_contextmix.adapters.norm_reading import read_norm
+from tl_contextmix.adapters.norm_reading import final_norm_modules, read_norm
 from tl_contextmix.core.blocks import Weights, affine
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.errors import four_parts
-
-_FINAL_NORMS = ("ln_final", "decoder_ln_final", "decoder_final_ln")
 
 
 def read_readout(handle: Handle, architecture: str) -> Readout:
@@ -24,9 +22,8 @@ def read_readout(handle: Handle, architecture: str) -> Readout:
     if refusal:
         return Readout(norm=None, head=None, weights=lambda name: None, refusal=refusal)
     dense = _dense_head(handle)
-    final = next((name for name in _FINAL_NORMS if name in model._modules), None)
-    # In a masked-LM head the "final norm" comes after the dense layer.
-    norm = None if final is None or dense is not None else read_norm(model._modules[final], handle)
+    final = final_norm_modules(model).get("decoder")
+    norm = None if final is None or dense is not None else read_norm(final, handle)
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return Readout(
         norm=norm,

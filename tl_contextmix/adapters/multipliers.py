@@ -16,12 +16,7 @@ def with_multipliers(block: Block, module: nn.Module, like: torch.Tensor) -> Blo
     """Returns a reading of a block whose sublayers' outputs are multiplied as the host does it.
 
     A factor is read as a norm of the output that is nothing but a gain, so that what hooks add
-    before it is multiplied, too.
-
-    Args:
-        block: The reading without factors.
-        module: The block.
-        like: Of the dtype and on the device of the maths.
+    before it is multiplied, too. ``like`` has the dtype and the device of the maths.
     """
     inner = getattr(module, "original_component", None)
     scale = float(getattr(inner, "residual_multiplier", 1.0))

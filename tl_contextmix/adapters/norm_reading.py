@@ -1,18 +1,20 @@
-"""Reads norms, those of a bridge by what they make of random input."""
+"""Reads norms, of the stream and of heads; those of a bridge by what they make of random input."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tl_contextmix.adapters.handles import Handle
+from tl_contextmix.adapters.recognition import eps_of
+from tl_contextmix.core.score_forms import HeadNorm
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
-# Fitting a bridge's norm to a formula leaves rounding only: at most 2e-6 measured in float32 over
+# Fitting a norm to a formula leaves rounding only: at most 2e-6 measured in float32 over
 # the families of the test zoo, 4e-3 in bfloat16; a wrong formula is off by 0.1 and more.
 _NORM_FIT = {torch.float64: 1e-5, torch.float32: 1e-4}
 _FINAL_NORMS = {
@@ -84,27 +86,18 @@ def _fit_norm(module: nn.Module | None, handle: Handle) -> Norm | None:
     if module is None or isinstance(module, nn.Identity):
         return None
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    eps = getattr(module, "eps", None)
-    eps = float(getattr(module, "variance_epsilon", 1e-5) if eps is None else eps)
     like = next(handle.get().parameters()) if weight is None else weight
     width = int(handle.get().cfg.d_model) if weight is None else weight.shape[0]
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    x = torch.randn(3, width, generator=generator, device="cpu").to(like.device, like.dtype)
+    x = _random((3, width), like)
     with torch.no_grad():
         expected = handle.ready(module(x))
-    x = handle.ready(x)
     bias = None if bias is None else handle.ready(bias)
     gains = [None] if weight is None else [handle.ready(weight), handle.ready(weight) + 1]
-    options = [Norm(kind, gain, bias, eps) for kind in ("ln", "rms") for gain in gains]
-    errors = [float((norm(x) - expected).abs().max()) for norm in options]
-    best = min(range(len(options)), key=lambda index: errors[index])
-    if not errors[best] <= _NORM_FIT.get(like.dtype, 5e-2):
-        raise _unknown_norm(module, errors[best])
-    return options[best]
-
-
-def _unknown_norm(module: nn.Module, error: float) -> UnsupportedModel:
-    return UnsupportedModel(
+    eps = eps_of(module, 1e-5)
+    error, kind, gain = _nearest(handle.ready(x), expected, gains, bias, eps)
+    if error <= _NORM_FIT.get(like.dtype, 5e-2):
+        return Norm(kind, gain, bias, eps)
+    raise UnsupportedModel(
         four_parts(
             f"the norm {type(module).__name__} cannot be read",
             f"an error of {error:.2g} against the nearest formula",
@@ -112,3 +105,59 @@ def _unknown_norm(module: nn.Module, error: float) -> UnsupportedModel:
             "Use a model with one of these.",
         )
     )
+
+
+def read_head_norm(
+    attention: nn.Module, side: str, width: Callable[[], int], dtype: torch.dtype
+) -> HeadNorm | None:
+    """Returns the norm of queries (``"q"``) or keys (``"k"``) of an attention module.
+
+    None where there is none, or none that is known: scores are then no bilinear form of what their
+    heads read, which is seen where somebody asks for one. ``width`` returns that of a head.
+    """
+    inside: Any = getattr(attention, "original_component", None)
+    every = {**getattr(inside, "_modules", {}), **attention._modules}
+    module: Any = every.get(f"{side}_norm") or every.get("qk_norm")
+    module = getattr(module, "original_component", None) or module
+    if module is None:
+        return None
+    each = module._modules.get("norms")
+    first = module if each is None else each[0]
+    if getattr(first, "bias", getattr(first, "b", None)) is not None:
+        return None
+    d_head = width()
+    gains = [getattr(one, "weight", getattr(one, "w", None)) for one in (each or [module])]
+    known = [gain.detach() for gain in gains if gain is not None]
+    if not known:  # nanochat, Llama 4
+        like = next(attention.parameters())
+        known = [torch.ones(d_head, dtype=like.dtype, device=like.device)]
+    weight = known[0] if each is None else torch.stack(known)
+    x = _random((1, *weight.shape), weight)
+    with torch.no_grad():
+        # Where each head has its own, heads are the second axis, in front of positions.
+        expected = module(x) if each is None else module(x[:, :, None])[:, :, 0]
+    gain, eps = weight.to(dtype), eps_of(first, torch.finfo(torch.float32).eps)
+    error, kind, gain = _nearest(x.to(dtype), expected.to(dtype), [gain, gain + 1], None, eps)
+    together = weight.ndim == 1 and len(weight) > d_head
+    if not error <= _NORM_FIT.get(weight.dtype, 5e-2) or (together and kind == "ln"):
+        return None  # of LayerNorm, the mean over all heads is no head's own
+    return HeadNorm(Norm(kind, None, None, eps), gain.view(-1, d_head), together)
+
+
+def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randn(shape, generator=generator, device="cpu").to(like.device, like.dtype)
+
+
+def _nearest(
+    x: Tensor, expected: Tensor, gains: list[Any], bias: Tensor | None, eps: float
+) -> tuple[float, Any, Any]:
+    """Returns the error of the formula that is closest to a module's output, its kind and gain."""
+    found = []
+    for kind in ("ln", "rms"):
+        plain = Norm(kind, None, None, eps)(x)
+        for gain in gains:
+            y = plain if gain is None else plain * gain
+            y = y if bias is None else y + bias
+            found.append((float((y - expected).abs().max()), kind, gain))
+    return min(found, key=lambda one: one[0])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.expert_reading import inner
+from tl_contextmix.adapters.recognition import inner
 from tl_contextmix.core.blocks import Block, EditPoints
 from tl_contextmix.core.per_layer_embedding import PerLayerEmbedding
 from tl_contextmix.core.token_sums import Norm
@@ -25,15 +25,7 @@ _LAYERS = {"W_in": "per_layer_input_gate", "W_out": "per_layer_projection"}
 def with_ending(
     block: Block, handle: Any, path: str, module: nn.Module, norm: Callable[[Any], Norm | None]
 ) -> Block:
-    """Returns a reading with the sublayer of per-layer embeddings, where there is one.
-
-    Args:
-        block: The reading without it.
-        handle: The model, a `Handle`.
-        path: Path of the block.
-        module: The block.
-        norm: Reads a norm.
-    """
+    """Returns a reading with the sublayer of per-layer embeddings, where there is one."""
     if _LAYERS["W_out"] not in module._modules:
         return block
 
@@ -60,14 +52,7 @@ def with_ending(
 
 
 def vector_of(handle: Any, layer: int, ids: Tensor, entering: Tensor) -> Tensor:
-    """Returns the vectors of a layer [batch pos neuron].
-
-    Args:
-        handle: The model, a `Handle`.
-        layer: The layer.
-        ids: The tokens.
-        entering: What enters the first block.
-    """
+    """Returns the vectors of a layer [batch pos neuron], by what enters the first block."""
     modules = handle.get().original_model.modules()
     own = next(one for one in modules if hasattr(one, "project_per_layer_inputs"))
     with torch.no_grad():

@@ -22,13 +22,12 @@ from tl_contextmix.adapters.attention_weights import (
     is_latent,
     latent_scales,
 )
-from tl_contextmix.adapters.expert_reading import has_experts, inner, read_experts
+from tl_contextmix.adapters.expert_reading import has_experts, read_experts
 from tl_contextmix.adapters.handles import Handle, attribute_of
-from tl_contextmix.adapters.head_norms import read_head_norm
 from tl_contextmix.adapters.multipliers import with_multipliers
-from tl_contextmix.adapters.norm_reading import block_norms, read_norm
+from tl_contextmix.adapters.norm_reading import block_norms, read_head_norm, read_norm
 from tl_contextmix.adapters.per_layer_embeddings import with_ending
-from tl_contextmix.adapters.recognition import MIXERS
+from tl_contextmix.adapters.recognition import MIXERS, inner
 from tl_contextmix.adapters.unseen import EXPERTS_OUT, SUMMED
 from tl_contextmix.core.blocks import (
     AttentionSublayer,
@@ -58,10 +57,6 @@ _WORKING = 8
 
 def block_lists(model: nn.Module, encoder_only: bool) -> dict[str, tuple[str, nn.ModuleList]]:
     """Returns prefix and blocks of every stack of a model.
-
-    Args:
-        model: The model.
-        encoder_only: Whether a single stack is an encoder (masked language models).
 
     Raises:
         UnsupportedModel: If there is no list of blocks.
@@ -290,14 +285,11 @@ def _lender(handle: Handle, path: str, name: str) -> str:
     prefix, _, layer = path.rpartition(".")
     blocks: Any = handle.get().get_submodule(prefix)
 
-    def inner(index: int) -> Any:
-        return blocks[index]._modules[name].original_component
-
-    kind = inner(int(layer)).layer_type
+    *before, own = [inner(block._modules[name]) for block in blocks[: int(layer) + 1]]
     lent = (
         index
-        for index in reversed(range(int(layer)))
-        if inner(index).store_full_length_kv and inner(index).layer_type == kind
+        for index, one in reversed([*enumerate(before)])
+        if one.store_full_length_kv and one.layer_type == own.layer_type
     )
     return f"{prefix}.{next(lent)}.{name}"
 
@@ -420,13 +412,7 @@ def _opaque(
 ) -> OpaqueFeedForward:
     """Returns a feed-forward sublayer as one component, which does not need its weights.
 
-    Args:
-        handle: The model.
-        path: Path of the block.
-        here: Path of the module.
-        edits: Where hooks may edit what it writes.
-        added_path: Path of a module whose output is added to its own; empty for none.
-        written: Name of that sum.
+    The output of the module at ``added_path`` is added to its own, and ``written`` names the sum.
     """
 
     def call(place: str, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -32,6 +33,19 @@ def every_module(model: nn.Module) -> list[nn.Module]:
             if children := module._modules:  # most have none
                 waiting.extend(reversed(children.values()))
     return [*found]
+
+
+def inner(module: Any) -> Any:
+    """Returns the module of Hugging Face that one of a bridge wraps; any other one as it is."""
+    while isinstance(held := getattr(module, "original_component", None), nn.Module):
+        module = held
+    return module
+
+
+def eps_of(module: Any, default: float) -> float:
+    """Returns what a norm adds to the mean square, by either of its names."""
+    found = (getattr(module, name, None) for name in ("eps", "variance_epsilon"))
+    return float(next((eps for eps in found if eps is not None), default))
 
 
 @functools.cache
@@ -126,6 +140,11 @@ class Facts:
     def hf_config(self) -> Any:
         """Returns the Hugging Face config of a bridge, or None."""
         return getattr(getattr(self.model, "original_model", None), "config", None)
+
+
+def maths_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of the maths: at least single precision, to which the rest is upcast."""
+    return weight.dtype if weight.dtype == torch.float64 else torch.float32
 
 
 def token_embedding(model: Any) -> Any:

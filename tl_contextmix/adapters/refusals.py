@@ -29,6 +29,17 @@ class Refusal:
     reason: str
     remedy: str
 
+    def error(self, seen: str) -> UnsupportedModel:
+        """Returns the error, given what was found."""
+        return UnsupportedModel(
+            four_parts(
+                f"{self.name} is not supported: {self.reason}",
+                seen,
+                "blocks of attention and a feed-forward layer",
+                self.remedy,
+            )
+        )
+
 
 def _t5_on_2(facts: Facts) -> str:
     old = facts.major < 3 and facts.host == "HookedEncoderDecoder"
@@ -116,7 +127,7 @@ def _biases_for_patterns(facts: Facts) -> str:
     )
 
 
-_QUANTIZED = Refusal(
+QUANTIZED = Refusal(
     "a quantized model",
     lambda facts: quantized_in(facts.model),
     "its weights are packed with scales of their own, and what is recomputed needs them dense",
@@ -131,7 +142,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "its positions are no tokens of a text",
         "Use a model of text; of Whisper, wav2vec2 and HuBERT pass the Hugging Face model itself.",
     ),
-    _QUANTIZED,
+    QUANTIZED,
     Refusal(
         "T5 on HookedEncoderDecoder 2.x",
         _t5_on_2,
@@ -189,25 +200,7 @@ def require_supported(facts: Facts) -> None:
     for refusal in REFUSALS:
         seen = refusal.found(facts)
         if seen:
-            raise UnsupportedModel(_message(refusal, seen))
-
-
-def quantized(seen: str) -> str:
-    """Returns the refusal of a quantized model.
-
-    Args:
-        seen: What `quantized_in` found.
-    """
-    return _message(_QUANTIZED, seen)
-
-
-def _message(refusal: Refusal, seen: str) -> str:
-    return four_parts(
-        f"{refusal.name} is not supported: {refusal.reason}",
-        seen,
-        "blocks of attention and a feed-forward layer",
-        refusal.remedy,
-    )
+            raise refusal.error(seen)
 
 
 def solu_refusal(model: nn.Module) -> str:

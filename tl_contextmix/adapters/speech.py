@@ -6,44 +6,40 @@ have one kind of block, whose activations are read at the model's own modules.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.building import text_side
 from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.inputs.activation_cache import describe
-from tl_contextmix.adapters.recognition import Facts, major
-from tl_contextmix.adapters.running import hooked_places, without_hooks
+from tl_contextmix.adapters.running import without_hooks
 from tl_contextmix.adapters.speech_passes import head_of, refused, run_speech, stacks_of
+from tl_contextmix.adapters.tokenizers import make_to_string
+from tl_contextmix.adapters.unbridged import Unbridged
 from tl_contextmix.adapters.verification import (
     IdentityReport,
     check_rows,
     readout_row,
     run_probe,
     settle_block,
-    tolerance_of,
 )
-from tl_contextmix.adapters.weight_processing import fingerprint
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Weights
-from tl_contextmix.core.model_view import CacheReader, ModelView, Readout
+from tl_contextmix.core.model_view import ModelView, Readout
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 
 _FAMILIES = ("whisper", "wav2vec2", "hubert")
-# How the modules of a block are called: Whisper's, those of wav2vec2 and HuBERT.
-_ATTENTIONS = (("self_attn", "self"), ("attention", "self"), ("encoder_attn", "cross"))
-_NORMS = {
-    "self_attn": "self_attn_layer_norm",
-    "attention": "layer_norm",
-    "encoder_attn": "encoder_attn_layer_norm",
+# How the modules of a block are called, Whisper's and those of wav2vec2 and HuBERT: attention with
+# its kind and its norm, and the layers of neurons.
+_ATTENTIONS: dict[str, tuple[Any, str]] = {
+    "self_attn": ("self", "self_attn_layer_norm"),
+    "attention": ("self", "layer_norm"),
+    "encoder_attn": ("cross", "encoder_attn_layer_norm"),
 }
 _NEURONS = (
     ("fc1", "fc2"),
@@ -69,10 +65,7 @@ def build_speech(model: Any, weights: Mapping[str, Tensor]) -> tuple[ModelView, 
     Raises:
         UnsupportedModel: If a block is another than of attention and a feed-forward layer.
     """
-    from transformers import __version__
-
-    host = _Host(model)
-    view = _unsettled(model, host, fingerprint(weights), __version__)
+    host, view = _unsettled(model, weights)
     with without_hooks(model):
         probe = run_probe(view)
         stacks = {}
@@ -90,77 +83,32 @@ def build_speech(model: Any, weights: Mapping[str, Tensor]) -> tuple[ModelView, 
     return view, IdentityReport(f"{view.name} ({view.host})", tuple(rows), limits=limits, cause="")
 
 
-class _Host:
-    """A model, not kept alive, under the names by which the text of a bridge is read."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = weakref.ref(model)
-        self.cfg = SimpleNamespace()
-        self._modules = {"decoder_blocks": None} if "decoder" in stacks_of(model) else {}
-        self.W_E = torch.empty(int(getattr(model.config, "vocab_size", 0)), 0)
-
-    @property
-    def original_model(self) -> Any:
-        """The model."""
-        model = self.model()
-        if model is None:
-            raise ReferenceError("the model of this view has been deleted")
-        return model
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer that a user gave the model, or None."""
-        return getattr(self.original_model, "tokenizer", None)
-
-
-def _attention_modules(block: nn.Module) -> list[tuple[str, Any, Any]]:
-    """Returns names, modules and kinds of a block's attention sublayers."""
-    named = [(name, getattr(block, name, None), kind) for name, kind in _ATTENTIONS]
-    return [(name, module, kind) for name, module, kind in named if module is not None]
-
-
-def _unsettled(model: Any, host: _Host, named: str, version: str) -> ModelView:
-    weights = dict(model.named_parameters())
-    first, kind = next(iter(weights.values())), type(model).__name__
-    dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
-    handle = Handle(weakref.ref(host), "TransformerBridge", dtype, first.device)
-    facts = Facts(model=host, host="TransformerBridge", major=major(), architecture=kind)
-    stacks, points = {}, {}
-    for side, module in stacks_of(model).items():
-        found = [_block(host, handle, side, n, points) for n in range(len(module.layers))]
-        stacks[side] = tuple(found)
-    stacks = dict(sorted(stacks.items(), reverse=True))
-    text = text_side(handle, facts, pair="decoder" in stacks)
-    d_vocab, seconds = len(host.W_E), _seconds(model)
-    to_token = text["to_string"]
+def _unsettled(model: Any, weights: Mapping[str, Tensor]) -> tuple[Unbridged, ModelView]:
+    d_vocab, seconds = int(getattr(model.config, "vocab_size", 0)), _seconds(model)
+    pair = "decoder" in stacks_of(model)
+    host = Unbridged(model, d_vocab, pair, lambda model: getattr(model, "tokenizer", None))
+    points: dict[str, tuple[str, str, str]] = {}
+    stacks = {
+        side: tuple(_block(host, side, layer, points) for layer in range(len(module.layers)))
+        for side, module in sorted(stacks_of(model).items(), reverse=True)
+    }
+    to_token = make_to_string(host.handle)
 
     def to_string(token: int) -> str:
         return to_token(token) if token < d_vocab else f"{(token - d_vocab) * seconds:.2f}"
 
-    return ModelView(
-        name=str(getattr(model.config, "_name_or_path", "") or kind),
-        host=kind,
-        host_version=version,
-        processing=(),
-        fingerprint=named,
+    return host, host.view(
+        weights,
         stacks=stacks,
-        readout=_readout(host, handle, kind),
-        final_norms=_final_norms(model, handle),
-        dtype=dtype,
-        device=first.device,
+        readout=_readout(host),
+        final_norms=_final_norms(model, host.handle),
         n_ctx=getattr(model.config, "max_target_positions", None),
-        d_vocab=d_vocab,
-        tolerance=tolerance_of({weight.dtype for weight in weights.values()}, first.device),
         limits=(),
         takes={},
-        hooked=lambda *, backward=False: hooked_places(host.original_model, backward=backward),
-        without_hooks=lambda: without_hooks(host.original_model),
-        follow=_no_hooks,
-        cached=CacheReader(lambda name: (), {}, lambda *ids: torch.empty(0)),
         runner=partial(run_speech, host, d_vocab, points),
         generate=_no_generation,
         hears=partial(_heard, host, d_vocab),
-        **{**text, "to_string": to_string},
+        to_string=to_string,
     )
 
 
@@ -171,7 +119,7 @@ def _seconds(model: Any) -> float:
 
 
 def _block(
-    host: _Host, handle: Handle, side: str, layer: int, points: dict[str, tuple[str, str, str]]
+    host: Unbridged, side: str, layer: int, points: dict[str, tuple[str, str, str]]
 ) -> Block:
     """Returns a block without norms, and adds where its activations are to ``points``."""
     module = stacks_of(host.original_model)[side].layers[layer]
@@ -189,13 +137,22 @@ def _block(
             value=point(f".{name}.v_proj", f"{name}.v", "heads out"),
             mixed=point(f".{name}.out_proj", f"{name}.z", "heads in"),
             key=point(f".{name}.k_proj", f"{name}.k", "heads out"),
-            weights=partial(_attention_weight, host, handle, side, layer, name),
+            weights=partial(_attention_weight, host, side, layer, name),
         )
-        for name, _, kind in _attention_modules(module)
+        for name, (kind, _) in _ATTENTIONS.items()
+        if name in module._modules
     )
-    pair = next((pair for pair in _NEURONS if all(_has(module, name) for name in pair)), None)
+    paths = {path for path, _ in module.named_modules()}
+    pair = next((pair for pair in _NEURONS if paths.issuperset(pair)), None)
     if pair is None:
-        raise _unknown(module)
+        raise UnsupportedModel(
+            four_parts(
+                "the blocks of this model of sound cannot be read",
+                f"a {type(module).__name__}",
+                "attention and two linear layers, as in Whisper, wav2vec2 and HuBERT",
+                "Use one of these.",
+            )
+        )
     return Block(
         layer=layer,
         resid_in=point("", "resid_in", "in"),
@@ -205,32 +162,13 @@ def _block(
             pre=point(f".{pair[0]}", "mlp.pre", "out"),
             post=point(f".{pair[1]}", "mlp.post", "in"),
             pre_linear=None,
-            weights=partial(_neuron_weight, host, handle, side, layer, pair),
+            weights=partial(_neuron_weight, host, side, layer, pair),
         ),
     )
 
 
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _unknown(module: nn.Module) -> UnsupportedModel:
-    return UnsupportedModel(
-        four_parts(
-            "the blocks of this model of sound cannot be read",
-            f"a {type(module).__name__}",
-            "attention and two linear layers, as in Whisper, wav2vec2 and HuBERT",
-            "Use one of these.",
-        )
-    )
-
-
 def _attention_weight(
-    host: _Host, handle: Handle, side: str, layer: int, name: str, weight: str
+    host: Unbridged, side: str, layer: int, name: str, weight: str
 ) -> Tensor | None:
     kind, _, letter = weight.partition("_")
     projection = {"Q": "q_proj", "K": "k_proj", "V": "v_proj", "O": "out_proj"}.get(letter)
@@ -241,7 +179,7 @@ def _attention_weight(
     found = linear.weight if kind == "W" else linear.bias
     if found is None:
         return None
-    found = handle.ready(found)
+    found = host.handle.ready(found)
     if kind == "b":
         return found if letter == "O" else found.unflatten(0, (module.num_heads, -1))
     if letter == "O":
@@ -250,14 +188,14 @@ def _attention_weight(
 
 
 def _neuron_weight(
-    host: _Host, handle: Handle, side: str, layer: int, pair: tuple[str, str], weight: str
+    host: Unbridged, side: str, layer: int, pair: tuple[str, str], weight: str
 ) -> Tensor | None:
     kind, _, leaf = weight.partition("_")
     if leaf not in ("in", "out"):
         return None
     block = stacks_of(host.original_model)[side].layers[layer]
     linear = block.get_submodule(pair[leaf == "out"])
-    return handle.ready(linear.weight.T if kind == "W" else linear.bias)
+    return host.handle.ready(linear.weight.T if kind == "W" else linear.bias)
 
 
 def _norm(module: Any, dtype: torch.dtype) -> Norm:
@@ -265,18 +203,18 @@ def _norm(module: Any, dtype: torch.dtype) -> Norm:
     return Norm("ln", weight, bias, float(module.eps))
 
 
-def _placements(host: _Host, view: ModelView, side: str, block: Block) -> list[Block]:
+def _placements(host: Unbridged, view: ModelView, side: str, block: Block) -> list[Block]:
     """Returns the readings of a block: with its norms before its sublayers, or behind them."""
     module = stacks_of(host.original_model)[side].layers[block.layer]
 
     def norm(name: str) -> Norm:
         return _norm(getattr(module, name), view.dtype)
 
-    names = [name for name, _, _ in _attention_modules(module)]
+    names = [own for name, (_, own) in _ATTENTIONS.items() if name in module._modules]
     result = []
     for place in ("norm_in", "norm_after"):
         attentions = tuple(
-            replace(attention, **{place: norm(_NORMS[name])})
+            replace(attention, **{place: norm(name)})
             for attention, name in zip(block.attentions, names, strict=True)
         )
         assert block.feed_forward is not None
@@ -294,12 +232,12 @@ def _final_norms(model: Any, handle: Handle) -> dict[str, Norm]:
     }
 
 
-def _readout(host: _Host, handle: Handle, kind: str) -> Readout:
-    model = host.original_model
+def _readout(host: Unbridged) -> Readout:
+    model, handle = host.original_model, host.handle
     side = "decoder" if "decoder" in stacks_of(model) else "encoder"
     if head_of(model) is None:
         refusal = four_parts(
-            f"{kind} has no vocabulary readout",
+            f"{type(model).__name__} has no vocabulary readout",
             "an encoder of sound without a head, or after an adapter that joins frames",
             "a decoder that predicts tokens, such as Whisper's, or a CTC head",
             "Maps of its layers are fine; vocabulary questions are not answered for this model.",
@@ -319,15 +257,11 @@ def _readout(host: _Host, handle: Handle, kind: str) -> Readout:
     return Readout(_final_norms(model, handle).get(side), None, weights)
 
 
-def _no_hooks(trace: Any, *rest: Any) -> Any:
-    return trace
-
-
 def _no_generation(batch: Batch, count: int) -> list[list[int]]:
     raise refused("a transcript", "continued here")
 
 
-def _heard(host: _Host, d_vocab: int, given: Any) -> tuple[Side, dict[str, Tensor]]:
+def _heard(host: Unbridged, d_vocab: int, given: Any) -> tuple[Side, dict[str, Tensor]]:
     """Returns the frames of sound as tokens, and what the model is given.
 
     Raises:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tl_contextmix.adapters.running import (
     hooked_places,
-    lock_of,
     require_no_autocast,
     require_no_dropout,
 )
+from tl_contextmix.adapters.unbridged import Place, keeping
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import Hooks, PassOutput
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -65,7 +64,7 @@ def run_speech(
     watch: bool,
     logits: bool = True,
 ) -> PassOutput:
-    """Runs a model of sound once, see `ModelView.run`.
+    """Runs a model of sound once, see `ModelView.run`; a pass always goes to its end.
 
     Args:
         host: Holds the model as ``original_model``.
@@ -76,7 +75,7 @@ def run_speech(
         hooks: Names of activations, and what edits them.
         grad: Whether gradients are asked for, which are refused.
         watch: Without a meaning: models with hooks are refused.
-        logits: Without a meaning: a pass goes to its end.
+        logits: Without a meaning.
     """
     del watch, logits
     model = host.original_model
@@ -84,75 +83,18 @@ def run_speech(
     device = next(model.parameters()).device
     require_no_autocast(device)
     _require_plain(model, batch, d_vocab, grad)
-    kept: dict[str, Tensor] = {}
-    handles: list[Any] = []
-    stacks = stacks_of(model)
-    with lock_of(model), torch.no_grad(), _eager(model):
-        try:
-            for name, edit in hooks:
-                side, path, kind = points[name]
-                module = stacks[side].get_submodule(path)
-                if kind.endswith("in"):
-                    see = partial(_before, name, kind, edit, kept, _heads(stacks, side, path))
-                    handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
-                else:
-                    see = partial(_after, name, kind, edit, kept, _heads(stacks, side, path))
-                    handles.append(module.register_forward_hook(see))
-            output = model(**_arguments(model, batch, device))
-        finally:
-            for handle in handles:
-                handle.remove()
-    return None if head_of(model) is None else output.logits, kept, {}
-
-
-def _heads(stacks: Mapping[str, Any], side: str, path: str) -> int:
-    module = stacks[side].get_submodule(path.rpartition(".")[0])
-    return int(getattr(module, "num_heads", 1))
-
-
-def _before(
-    name: str,
-    kind: str,
-    edit: Any,
-    kept: dict[str, Tensor],
-    heads: int,
-    module: nn.Module,
-    given: tuple[Any, ...],
-    named: dict[str, Any],
-) -> Any:
-    del module
-    value = given[0] if given else named["hidden_states"]
-    seen = value.unflatten(-1, (heads, -1)) if kind == "heads in" else value
-    seen = kept[name] = seen if edit is None else edit(seen)
-    if edit is None:
-        return None
-    value = seen.flatten(2) if kind == "heads in" else seen
-    return ((value, *given[1:]), named) if given else (given, {**named, "hidden_states": value})
-
-
-def _after(
-    name: str,
-    kind: str,
-    edit: Any,
-    kept: dict[str, Tensor],
-    heads: int,
-    module: nn.Module,
-    given: tuple[Any, ...],
-    output: Any,
-) -> Any:
-    del module, given
-    if kind == "pattern":
-        if edit is not None:
+    places, stacks = {}, stacks_of(model)
+    for name, edit in hooks:
+        side, path, kind = points[name]
+        if kind == "pattern" and edit is not None:
             raise refused("an attention pattern", "edited")
-        kept[name] = output[1]
-        return None
-    value = output[0] if isinstance(output, tuple) else output
-    seen = value.unflatten(-1, (heads, -1)) if kind == "heads out" else value
-    seen = kept[name] = seen if edit is None else edit(seen)
-    if edit is None:
-        return None
-    value = seen.flatten(2) if kind == "heads out" else seen
-    return (value, *output[1:]) if isinstance(output, tuple) else value
+        by_head, kind = kind.startswith("heads"), kind.removeprefix("heads ")
+        parent = stacks[side].get_submodule(path.rpartition(".")[0])
+        heads = int(parent.num_heads) if by_head else 0
+        places[name] = Place(stacks[side].get_submodule(path), kind, heads, edit)
+    with keeping(model, places) as kept, _eager(model):
+        output = model(**_arguments(model, batch, device))
+    return None if head_of(model) is None else output.logits, kept, {}
 
 
 def _arguments(model: Any, batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -93,10 +93,7 @@ def named(
 def stand_ins(model: Any, splices: Sequence[str], *, around: bool) -> Iterator[None]:
     """Puts hook points where modules are spliced in, for a while.
 
-    Args:
-        model: The model.
-        splices: Their paths.
-        around: Whether the hook points compute what the modules do, or are plain ones.
+    With ``around``, the hook points compute what the modules do; else they are plain ones.
     """
     registry = model.__dict__.get("_hook_registry")
     table: dict[str, Any] = model.hook_dict if registry is None else registry

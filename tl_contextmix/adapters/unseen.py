@@ -36,12 +36,7 @@ class Unseen:
 
 
 def find_unseen(handle: Any, stacks: Mapping[str, tuple[Block, ...]]) -> dict[str, Unseen]:
-    """Returns how the activations that no hook shows are made, by name.
-
-    Args:
-        handle: The model, a `Handle`.
-        stacks: Its blocks.
-    """
+    """Returns how the activations that no hook shows are made, by name."""
     result: dict[str, Unseen] = {}
     for blocks in stacks.values():
         for block in blocks:

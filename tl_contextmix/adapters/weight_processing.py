@@ -83,12 +83,8 @@ def _norms_folded(facts: Facts, blocks: list[Block]) -> bool:
     # classes, where folding changes the type.
     if not getattr(facts.model, "_weights_processed", False):
         return False
-    norms = [
-        norm
-        for block in blocks
-        for norm in (*(a.norm_in for a in block.attentions), _ff_norm(block))
-        if norm is not None
-    ]
+    sublayers = [one for block in blocks for one in (*block.attentions, block.feed_forward)]
+    norms = [one.norm_in for one in sublayers if one is not None and one.norm_in is not None]
     plain = [
         norm.weight is None
         or (bool((norm.weight == 1).all()) and (norm.bias is None or not bool(norm.bias.any())))
@@ -97,17 +93,10 @@ def _norms_folded(facts: Facts, blocks: list[Block]) -> bool:
     return bool(plain) and all(plain)
 
 
-def _ff_norm(block: Block) -> Any:
-    return None if block.feed_forward is None else block.feed_forward.norm_in
-
-
 def changed_by(method: str, options: Mapping[str, Any], processing: Iterable[str]) -> list[str]:
     """Returns the steps that change a method's numbers; none changes predictions.
 
-    Args:
-        method: Name of the method.
-        options: Its options, with the `by` of given components in ``removed`` or ``neurons``.
-        processing: The steps that were applied.
+    Its options have the `by` of given components in ``removed`` or ``neurons``.
     """
     return [step for step in processing if _matters(step, method, options)]
 

@@ -380,18 +380,10 @@ class Grammar:
         subtype: str,
         listed: bool,
     ) -> int:
-        """Writes the form of a verb that agrees with `phrase` and marks the site.
+        """Writes the form of a verb that agrees with `phrase`, marks it and returns its index.
 
-        Args:
-            sentence: Where to write.
-            phrase: The verb's subject.
-            forms: Plural and singular form.
-            nouns: (index, is plural) of the other nouns that stand before the verb.
-            subtype: The construction, for the site.
-            listed: Whether the verb was drawn by `_pick_verb`, which keeps pairs held out.
-
-        Returns:
-            The index of the verb.
+        ``nouns`` are (index, is plural) of the others before it. A verb that `_pick_verb`, which
+        keeps pairs held out, has drawn is ``listed``.
         """
         right, wrong = forms if phrase.plural else (forms[1], forms[0])
         target = sentence.add(right)

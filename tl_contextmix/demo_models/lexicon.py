@@ -34,11 +34,7 @@ _PEOPLE_BY_GENDER: tuple[tuple[Gender, str], ...] = (
 
 def _forms(text: str) -> tuple[tuple[str, str], ...]:
     """Splits ``"a/b c/d"`` into ``(("a", "b"), ("c", "d"))``."""
-    pairs = []
-    for item in text.split():
-        first, second = item.split("/")
-        pairs.append((first, second))
-    return tuple(pairs)
+    return tuple((first, second) for first, second in (item.split("/") for item in text.split()))
 
 
 PEOPLE = tuple(pair for _, text in _PEOPLE_BY_GENDER for pair in _forms(text))
@@ -103,44 +99,20 @@ NAMES = (
 GIFTS = ("book", "drink", "letter", "ring", "key", "coat", "lamp", "picture")
 PLACES = ("park", "garden", "kitchen", "city", "school", "market", "station", "beach")
 
-FACTS = (
-    ("france", "paris", "french"),
-    ("italy", "rome", "italian"),
-    ("germany", "berlin", "german"),
-    ("spain", "madrid", "spanish"),
-    ("japan", "tokyo", "japanese"),
-    ("china", "beijing", "chinese"),
-    ("russia", "moscow", "russian"),
-    ("greece", "athens", "greek"),
-    ("portugal", "lisbon", "portuguese"),
-    ("poland", "warsaw", "polish"),
-    ("sweden", "stockholm", "swedish"),
-    ("norway", "oslo", "norwegian"),
-    ("denmark", "copenhagen", "danish"),
-    ("finland", "helsinki", "finnish"),
-    ("hungary", "budapest", "hungarian"),
-    ("turkey", "ankara", "turkish"),
-    ("romania", "bucharest", "romanian"),
-    ("bulgaria", "sofia", "bulgarian"),
-    ("thailand", "bangkok", "thai"),
-    ("vietnam", "hanoi", "vietnamese"),
-    ("iran", "tehran", "persian"),
-    ("iceland", "reykjavik", "icelandic"),
-    ("albania", "tirana", "albanian"),
-    ("croatia", "zagreb", "croatian"),
-    ("serbia", "belgrade", "serbian"),
-    ("ukraine", "kyiv", "ukrainian"),
-    ("latvia", "riga", "latvian"),
-    ("estonia", "tallinn", "estonian"),
-    ("lithuania", "vilnius", "lithuanian"),
-    ("mongolia", "ulaanbaatar", "mongolian"),
-    ("nepal", "kathmandu", "nepali"),
-    ("egypt", "cairo", "arabic"),
-    ("england", "london", "english"),
-    ("korea", "seoul", "korean"),
-    ("indonesia", "jakarta", "indonesian"),
-    ("slovenia", "ljubljana", "slovene"),
+_FACTS = (
+    "france/paris/french italy/rome/italian germany/berlin/german spain/madrid/spanish"
+    " japan/tokyo/japanese china/beijing/chinese russia/moscow/russian greece/athens/greek"
+    " portugal/lisbon/portuguese poland/warsaw/polish sweden/stockholm/swedish"
+    " norway/oslo/norwegian denmark/copenhagen/danish finland/helsinki/finnish"
+    " hungary/budapest/hungarian turkey/ankara/turkish romania/bucharest/romanian"
+    " bulgaria/sofia/bulgarian thailand/bangkok/thai vietnam/hanoi/vietnamese iran/tehran/persian"
+    " iceland/reykjavik/icelandic albania/tirana/albanian croatia/zagreb/croatian"
+    " serbia/belgrade/serbian ukraine/kyiv/ukrainian latvia/riga/latvian estonia/tallinn/estonian"
+    " lithuania/vilnius/lithuanian mongolia/ulaanbaatar/mongolian nepal/kathmandu/nepali"
+    " egypt/cairo/arabic england/london/english korea/seoul/korean indonesia/jakarta/indonesian"
+    " slovenia/ljubljana/slovene"
 )
+FACTS = tuple((a, b, c) for a, b, c in (fact.split("/") for fact in _FACTS.split()))
 """(country, capital, language)."""
 
 FUNCTION_WORDS = (

@@ -78,56 +78,38 @@ _NOUNS = {
 _GENDERS: dict[str, Gender] = {"m": "masculine", "f": "feminine"}
 
 
+def _parts(item: str) -> list[str]:
+    return item.split("/")
+
+
 def _nouns(noun_class: NounClass) -> tuple[Noun, ...]:
-    nouns = []
-    for item in _NOUNS[noun_class].split():
-        singular, plural, french, french_plural, gender = item.split("/")
-        english = (singular, plural)
-        nouns.append(Noun(english, (french, french_plural), _GENDERS[gender], noun_class))
-    return tuple(nouns)
+    return tuple(
+        Noun((one, many), (french, french_plural), _GENDERS[gender], noun_class)
+        for one, many, french, french_plural, gender in map(_parts, _NOUNS[noun_class].split())
+    )
 
 
 NOUNS: dict[NounClass, tuple[Noun, ...]] = {"person": _nouns("person"), "thing": _nouns("thing")}
 """Animals count as persons: they sleep, and "it" never means them."""
 
-AMBIGUOUS_NOUNS = (
-    AmbiguousNoun(
-        ("bat", "bats"),
-        ("chauve-souris", "chauves-souris", "feminine"),
-        ("batte", "battes", "feminine"),
-    ),
-    AmbiguousNoun(
-        ("seal", "seals"),
-        ("phoque", "phoques", "masculine"),
-        ("sceau", "sceaux", "masculine"),
-    ),
-    AmbiguousNoun(
-        ("star", "stars"),
-        ("vedette", "vedettes", "feminine"),
-        ("étoile", "étoiles", "feminine"),
-    ),
-    AmbiguousNoun(
-        ("pupil", "pupils"),
-        ("élève", "élèves", "masculine"),
-        ("pupille", "pupilles", "feminine"),
-    ),
+_AMBIGUOUS = """
+    bat/bats/chauve-souris/chauves-souris/f/batte/battes/f
+    seal/seals/phoque/phoques/m/sceau/sceaux/m
+    star/stars/vedette/vedettes/f/étoile/étoiles/f
+    pupil/pupils/élève/élèves/m/pupille/pupilles/f
+"""
+AMBIGUOUS_NOUNS = tuple(
+    AmbiguousNoun((one, many), (living, lives, _GENDERS[g]), (thing, things, _GENDERS[h]))
+    for one, many, living, lives, g, thing, things, h in map(_parts, _AMBIGUOUS.split())
 )
 
 
 def _verbs(text: str) -> tuple[Verb, ...]:
     """Reads "base/third/past/fr sg/fr pl/fr past sg/fr past pl" items."""
-    verbs = []
-    for item in text.split():
-        base, third, past, french, french_plural, past_french, past_french_plural = item.split("/")
-        verbs.append(
-            Verb(
-                (third, base),
-                (past, past),
-                (french, french_plural),
-                (past_french, past_french_plural),
-            )
-        )
-    return tuple(verbs)
+    return tuple(
+        Verb((third, base), (past, past), (french, plural), (past_french, past_plural))
+        for base, third, past, french, plural, past_french, past_plural in map(_parts, text.split())
+    )
 
 
 INTRANSITIVE = _verbs("""
@@ -159,12 +141,10 @@ BE = Verb(("is", "are"), ("was", "were"), ("est", "sont"), ("était", "étaient"
 
 
 def _adjectives(text: str, *classes: NounClass) -> tuple[Adjective, ...]:
-    adjectives = []
-    for item in text.split():
-        english, masculine, feminine, masculine_plural, feminine_plural = item.split("/")
-        french = (masculine, feminine, masculine_plural, feminine_plural)
-        adjectives.append(Adjective(english, french, frozenset(classes)))
-    return tuple(adjectives)
+    return tuple(
+        Adjective(english, (masculine, feminine, masculines, feminines), frozenset(classes))
+        for english, masculine, feminine, masculines, feminines in map(_parts, text.split())
+    )
 
 
 ADJECTIVES = (

@@ -6,16 +6,13 @@ For those that TransformerLens has no class for, and for bridges that show too l
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.building import text_side
 from tl_contextmix.adapters.decoder_prompt import decoder_prompt
 from tl_contextmix.adapters.encoder_decoder.decoding import MemoryDecoder
 from tl_contextmix.adapters.encoder_decoder.generation_config import end_tokens, require_followed
@@ -23,25 +20,20 @@ from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin
 from tl_contextmix.adapters.encoder_decoder.model import (
     EncoderDecoder,
     module_norm,
+    of_view,
     require_no_hooks_on,
-    special_ids,
-    whole,
 )
-from tl_contextmix.adapters.handles import Handle
-from tl_contextmix.adapters.recognition import Facts, major
 from tl_contextmix.adapters.running import (
     hooked_places,
     lock_of,
-    make_hooked,
     require_no_autocast,
     require_no_dropout,
     without_hooks,
 )
-from tl_contextmix.adapters.tokenizers import text_of
-from tl_contextmix.adapters.verification import tolerance_of
-from tl_contextmix.adapters.weight_processing import fingerprint
+from tl_contextmix.adapters.unbridged import Place, Unbridged, keeping
+from tl_contextmix.adapters.verification import relative_error, tolerance_of
 from tl_contextmix.core.blocks import Batch, Block, Side
-from tl_contextmix.core.model_view import CacheReader, Hooks, ModelView, PassOutput, Readout
+from tl_contextmix.core.model_view import Hooks, ModelView, PassOutput, Readout
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
 # How encoders call their blocks, and the norm behind the last one.
@@ -51,22 +43,6 @@ _LENGTHS = ("max_{}_position_embeddings", "max_position_embeddings")
 # What encoders may be given of each token, besides its id: whether it attends to all.
 _FURTHER = ("global_attention_mask",)
 _PROBE = 4
-
-
-class _Host(nn.Module):
-    """A model without a bridge, under the names by which the text of a bridge is read."""
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        super().__init__()
-        self.original_model = model
-        self.tokenizer, self.cfg = tokenizer, SimpleNamespace()
-        # Texts of an encoder-decoder get the special tokens of their tokenizer.
-        self.decoder_blocks = _blocks(model.get_decoder())
-
-    @property
-    def W_E(self) -> Tensor:
-        """The embedding matrix of the encoder."""
-        return self.original_model.get_input_embeddings().weight
 
 
 def is_text(model: object) -> bool:
@@ -107,7 +83,7 @@ def held_in(model: Any) -> Any | None:
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             return None
     tolerance = tolerance_of({weight.dtype for weight in weights}, device)
-    return twin if _error(plain, own) <= tolerance else None
+    return twin if relative_error(plain, own) <= tolerance else None
 
 
 def from_text(model: Any, tokenizer: Any, language: str | None = None) -> EncoderDecoder:
@@ -121,15 +97,14 @@ def from_text(model: Any, tokenizer: Any, language: str | None = None) -> Encode
     Raises:
         UnsupportedModel: If what its decoder reads is not known, or depends on other rows.
     """
-    from transformers import __version__
-
     require_no_dropout(model)
     encoder, decoder_stack = model.get_encoder(), model.get_decoder()
     require_no_hooks_on([model, encoder])
     settings = model.generation_config
     require_followed(settings, speech=False)
-    host = _Host(model, tokenizer)
-    view = _view(host, __version__)
+    d_vocab = len(model.get_input_embeddings().weight)
+    host = Unbridged(model, d_vocab, True, lambda model: tokenizer)
+    view = _view(host)
     require_no_autocast(view.device)
     decoder = MemoryDecoder(
         model=model,
@@ -140,29 +115,13 @@ def from_text(model: Any, tokenizer: Any, language: str | None = None) -> Encode
         pad=settings.pad_token_id or 0,
         n_ctx=_longest(decoder_stack, "decoder"),
     )
-    encode = view.encode_decoder
-    assert encode is not None
-
-    def encode_target(text: str, end: bool) -> list[int]:
-        ids = encode(text, language)[len(decoder.start) :]
-        return whole(ids, decoder.ends) if end else ids
-
-    found = EncoderDecoder(
-        name=view.name,
-        host=view.host,
-        host_version=view.host_version,
-        processing=(),
-        fingerprint=view.fingerprint,
-        n_layers=len(view.stacks["encoder"]),
-        view=view,
+    found = of_view(
+        view,
+        decoder,
+        tokenizer,
+        language,
         states=lambda side, **further: _encoder_states(host, view, side, further),
         norm=None,
-        decoder=decoder,
-        prompt=lambda side: torch.tensor([decoder.start] * len(side.ids)),
-        encode_target=encode_target,
-        to_string=view.to_string,
-        to_text=lambda ids: text_of(tokenizer, ids, skip_special_tokens=True),
-        special=special_ids(decoder, tokenizer),
         direct=True,
         takes_further=True,
     )
@@ -185,44 +144,25 @@ def _longest(stack: Any, side: str) -> int | None:
     return next((bound for bound in found if isinstance(bound, int)), None)
 
 
-def _view(host: _Host, version: str) -> ModelView:
+def _view(host: Unbridged) -> ModelView:
     """Returns a view whose blocks are read at their ends alone."""
     model = host.original_model
-    kind = type(model).__name__
-    weights = dict(model.named_parameters())
-    first = next(iter(weights.values()))
-    dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
-    handle = Handle(weakref.ref(host), "TransformerBridge", dtype, first.device)
-    facts = Facts(model=host, host="TransformerBridge", major=major(), architecture=kind)
     refusal = four_parts(
-        f"only DecoderLens reads a {kind} directly",
+        f"only DecoderLens reads a {type(model).__name__} directly",
         "another question",
         "a model of TransformerLens",
         "See load_model.",
     )
-    return ModelView(
-        name=str(getattr(model.config, "_name_or_path", "") or kind),
-        host=kind,
-        host_version=version,
-        processing=(),
-        fingerprint=fingerprint(weights),
+    return host.view(
+        dict(model.named_parameters()),
         stacks={side: _ends(model, side) for side in ("encoder", "decoder")},
         readout=Readout(None, None, lambda name: None, refusal=refusal),
         final_norms={},
-        dtype=dtype,
-        device=first.device,
         n_ctx=_longest(model.get_encoder(), "encoder"),
-        d_vocab=len(host.W_E),
-        tolerance=tolerance_of({weight.dtype for weight in weights.values()}, first.device),
         limits=(refusal,),
         takes={name: 2 for name in _FURTHER if name in inspect.signature(model.forward).parameters},
-        hooked=make_hooked(handle),
-        without_hooks=lambda: without_hooks(host),
-        follow=lambda trace, *rest: trace,
-        cached=CacheReader(lambda name: (), {}, lambda *ids: torch.empty(0)),
         runner=lambda batch, hooks, *rest: _run(host, batch, hooks),
         generate=lambda batch, count: [],
-        **text_side(handle, facts, pair=True),
     )
 
 
@@ -235,67 +175,34 @@ def _ends(model: Any, side: str) -> tuple[Block, ...]:
     )
 
 
-class _Enough(BaseException):
-    """A pass has shown the encoder's states; no `Exception`, which a model may catch."""
+def _run(host: Unbridged, batch: Batch, hooks: Hooks, last: str = "") -> PassOutput:
+    """Runs a model once and keeps the streams between its blocks, which nothing edits.
 
-
-@torch.no_grad()
-def _run(host: _Host, batch: Batch, hooks: Hooks, last: str = "") -> PassOutput:
-    """Runs a model once and keeps the streams between its blocks.
-
-    Args:
-        host: The model.
-        batch: The tokens of both sides.
-        hooks: Names of the streams; nothing edits them.
-        last: The one after which to stop.
+    With ``last``, the pass ends with the stream of that name.
     """
-    model, kept = host.original_model, {}
-    assert batch.decoder is not None
-    lengths = {"encoder": batch.main.ids.shape[1], "decoder": batch.decoder.ids.shape[1]}
-
-    def keep(name: str, stream: Any) -> None:
-        stream = stream[0] if isinstance(stream, tuple) else stream
-        # Encoders of windows pad their input to whole windows (LED, Pegasus-X), and ProphetNet's
-        # decoder has streams of further tokens behind the main one.
-        kept[name] = stream[:, : lengths[name.partition(".")[0]]]
-        if name == last:
-            raise _Enough
-
-    def before(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            keep(name, given[0] if given else named["hidden_states"])
-
-        return see
-
-    def after(name: str) -> Callable[..., None]:
-        return lambda module, given, output: keep(name, output)
-
-    device = next(model.parameters()).device
-    ids = batch.main.ids.masked_fill(~batch.main.mask, _pad_id(model)).to(device)
-    handles: list[Any] = []
-    with lock_of(model):
-        try:
-            for name, _ in hooks:
-                side, layer, point = name.split(".")
-                block = getattr(model, f"get_{side}")()
-                block = _blocks(block)[int(layer)]  # pyright: ignore[reportOptionalSubscript]
-                if point == "hook_in":
-                    handles.append(block.register_forward_pre_hook(before(name), with_kwargs=True))
-                else:
-                    handles.append(block.register_forward_hook(after(name)))
-            output = model(
-                input_ids=ids,
-                attention_mask=batch.main.mask.long().to(device),
-                decoder_input_ids=batch.decoder.ids.to(device),
-                use_cache=False,
-                **{name: value.to(device) for name, value in batch.further.items()},
-            ).logits
-        except _Enough:
-            output = None
-        finally:
-            for handle in handles:
-                handle.remove()
-    return output, kept, {}
+    model, decoder = host.original_model, batch.decoder
+    assert decoder is not None
+    places = {}
+    for name, _ in hooks:
+        side, layer, point = name.split(".")
+        blocks = _blocks(getattr(model, f"get_{side}")())
+        assert blocks is not None
+        places[name] = Place(blocks[int(layer)], point.removeprefix("hook_"))
+    device, output = next(model.parameters()).device, None
+    ids = batch.main.ids.masked_fill(~batch.main.mask, _pad_id(model))
+    with keeping(model, places, last) as kept:
+        output = model(
+            input_ids=ids.to(device),
+            attention_mask=batch.main.mask.long().to(device),
+            decoder_input_ids=decoder.ids.to(device),
+            use_cache=False,
+            **{name: value.to(device) for name, value in batch.further.items()},
+        ).logits
+    # Encoders of windows pad their input to whole windows (LED, Pegasus-X), and ProphetNet's
+    # decoder has streams of further tokens behind the main one.
+    lengths = {"encoder": ids.shape[1], "decoder": decoder.ids.shape[1]}
+    shown = {name: kept[name][:, : lengths[name.partition(".")[0]]] for name in kept}
+    return output, shown, {}
 
 
 def _pad_id(model: Any) -> int:
@@ -304,7 +211,7 @@ def _pad_id(model: Any) -> int:
 
 
 def _encoder_states(
-    host: _Host, view: ModelView, side: Side, further: Mapping[str, Tensor]
+    host: Unbridged, view: ModelView, side: Side, further: Mapping[str, Tensor]
 ) -> list[Tensor]:
     """Returns the encoder's residual streams of layers 0 to L, from one pass that ends with it."""
     blocks = view.stacks["encoder"]
@@ -335,15 +242,15 @@ def _probed(model: Any, found: EncoderDecoder) -> tuple[nn.Module | None, bool]:
             norm: last if norm is None else norm(last.to(like.dtype)).to(view.dtype)
             for norm in norms
         }
-        norm, nearest = min(options.items(), key=lambda pair: _error(pair[1], read))
-        error, whole, steps = _error(nearest, read), found.decoder, found.decoder
+        norm, nearest = min(options.items(), key=lambda pair: relative_error(pair[1], read))
+        error, whole, steps = relative_error(nearest, read), found.decoder, found.decoder
         steps = replace(steps, stepwise=True)
         both_logits = [one.logits(read, side.mask, ids) for one in (whole, steps)]
-        stepwise = _error(both_logits[0], both_logits[1]) > view.tolerance
+        stepwise = relative_error(both_logits[0], both_logits[1]) > view.tolerance
         for row in range(len(ids)):
             part = slice(row, row + 1)
             alone = (steps if stepwise else whole).logits(read[part], side.mask[part], ids[part])
-            error = max(error, _error(both_logits[stepwise][part], alone))
+            error = max(error, relative_error(both_logits[stepwise][part], alone))
     if error <= view.tolerance and not _drops(model):
         return norm, stepwise
     raise UnsupportedModel(
@@ -364,7 +271,3 @@ def _drops(model: Any) -> str:
     if fraction < 1:
         return f"experts that leave tokens out (moe_eval_capacity_token_fraction={fraction})"
     return "" if policy == "all" else f"a second expert at random (second_expert_policy={policy!r})"
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())

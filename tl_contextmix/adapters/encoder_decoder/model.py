@@ -25,6 +25,7 @@ from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
 from tl_contextmix.adapters.norm_reading import final_norm_modules
 from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
 from tl_contextmix.adapters.tokenizers import Labels, name_tokens, text_of
+from tl_contextmix.adapters.verification import relative_error
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -85,12 +86,7 @@ class EncoderDecoder:
 
 
 def from_view(model: Any, view: ModelView, language: str | None = None) -> EncoderDecoder:
-    """Returns a TransformerLens encoder-decoder.
-
-    Args:
-        model: The model.
-        view: Its view.
-        language: What its decoder is told, see `TokenInputs`.
+    """Returns a TransformerLens encoder-decoder whose decoder is told a language.
 
     Raises:
         UnsupportedModel: If it has one stack, or a decoder that cannot run alone.
@@ -108,12 +104,27 @@ def from_view(model: Any, view: ModelView, language: str | None = None) -> Encod
     original = getattr(model, "original_model", None)
     require_no_hooks_on([model] if original is None else [model, original.get_encoder()])
     decoder = replace(_decoder(model, view), start=decoder_prompt(model, language).ids)
-    owner = weakref.ref(model)
-    encode = _require_decoder_text(view)
+    return of_view(
+        view,
+        decoder,
+        tokenizer,
+        language,
+        states=lambda side: _view_states(view, side),
+        norm=_view_norm(model, view),
+    )
+
+
+def of_view(
+    view: ModelView, decoder: MemoryDecoder, tokenizer: Any, language: str | None, **own: Any
+) -> EncoderDecoder:
+    """Returns an encoder-decoder whose names and text are those of a view; ``own`` is the rest."""
+    encode = view.encode_decoder
+    assert encode is not None
 
     def encode_target(text: str, end: bool) -> list[int]:
         ids = encode(text, language)[len(decoder.start) :]
-        return whole(ids, decoder.ends) if end else ids
+        ended = not decoder.ends or (ids and ids[-1] in decoder.ends)
+        return ids if ended or not end else [*ids, decoder.ends[0]]
 
     return EncoderDecoder(
         name=view.name,
@@ -123,22 +134,14 @@ def from_view(model: Any, view: ModelView, language: str | None = None) -> Encod
         fingerprint=view.fingerprint,
         n_layers=len(view.stacks["encoder"]),
         view=view,
-        states=lambda side: _view_states(view, side),
-        norm=_view_norm(model, view),
         decoder=decoder,
         prompt=lambda side: torch.tensor([decoder.start] * len(side.ids)),
         encode_target=encode_target,
         to_string=view.to_string,
-        to_text=lambda ids: text_of(
-            getattr(owner(), "tokenizer", None), ids, skip_special_tokens=True
-        ),
+        to_text=lambda ids: text_of(tokenizer, ids, skip_special_tokens=True),
         special=special_ids(decoder, tokenizer),
+        **own,
     )
-
-
-def _require_decoder_text(view: ModelView) -> Callable[..., list[int]]:
-    assert view.encode_decoder is not None
-    return view.encode_decoder
 
 
 @dataclass(frozen=True)
@@ -175,11 +178,11 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
         twin = _TWINS.get(model)
         if twin is None or twin.view is not view:
             twin = _TWINS[model] = _make_twin(model, view)
-    if twin.model is None and original is None:
+    if twin.model is not None:
+        return _memory_decoder(model, view, twin.model, alone=True)
+    if original is None:
         raise UnsupportedModel(twin.reason)
-    if twin.model is None:
-        return _memory_decoder(model, view, original, alone=False)
-    return _memory_decoder(model, view, twin.model, alone=True)
+    return _memory_decoder(model, view, original, alone=False)
 
 
 def _memory_decoder(model: Any, view: ModelView, decoding: Any, *, alone: bool) -> MemoryDecoder:
@@ -229,8 +232,7 @@ def _make_twin(model: Any, view: ModelView) -> _Twin:
         memory = trace[last] if norm is None else norm(trace[last])
     logits = _memory_decoder(model, view, plain, alone=True).logits(memory, side.mask, inputs)
     assert trace.logits is not None
-    expected = trace.logits.to(logits.dtype)
-    error = float((logits - expected).abs().max() / expected.abs().max())
+    error = relative_error(logits, trace.logits.to(logits.dtype))
     # Hugging Face's float64 T5 computes norms in float32: 1e-7 measured, 0.1 if wrong.
     if error <= max(view.tolerance, 1e-5):
         return _Twin(view, plain, "")
@@ -279,39 +281,15 @@ def require_no_hooks_on(outer: Sequence[nn.Module]) -> None:
         )
 
 
-class _Enough(Exception):
-    """Ends a forward pass once all requested activations are kept."""
-
-
 def _view_states(view: ModelView, side: Side) -> list[Tensor]:
     """Returns the encoder's residual streams from one pass that stops after it."""
     blocks = view.stacks["encoder"]
     names = [blocks[0].resid_in, *(block.resid_out for block in blocks)]
-    kept: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[Tensor], Tensor]:
-        def edit(stream: Tensor) -> Tensor:
-            kept[name] = stream.detach().to(view.device, view.dtype)
-            if name == names[-1]:
-                raise _Enough
-            return stream
-
-        return edit
-
-    start = _require_decoder_text(view)(None)
-    inputs = torch.tensor([start] * len(side.ids))
+    assert view.encode_decoder is not None
+    inputs = torch.tensor([view.encode_decoder(None)] * len(side.ids))
     decoder = Side(inputs, torch.ones_like(inputs, dtype=torch.bool))
-    try:
-        view.run(Batch(side, decoder), [], edits={name: keep(name) for name in names})
-    except _Enough:
-        return [kept[name] for name in names]
-    # Unreachable: `run` raises if hooks do not fire.
-    raise AssertionError(names[-1])
-
-
-def whole(ids: list[int], ends: tuple[int, ...]) -> list[int]:
-    """Returns decoder input ids with an end token."""
-    return ids if not ends or (ids[-1:] and ids[-1] in ends) else [*ids, ends[0]]
+    trace = view.run(Batch(side, decoder), names, logits=False)
+    return [trace[name] for name in names]
 
 
 def special_ids(decoder: MemoryDecoder, tokenizer: Any) -> frozenset[int]:

@@ -19,8 +19,10 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     special_ids,
 )
 from tl_contextmix.adapters.inputs.activation_cache import describe
-from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
+from tl_contextmix.adapters.recognition import maths_dtype
+from tl_contextmix.adapters.running import require_no_autocast, require_no_dropout
 from tl_contextmix.adapters.tokenizers import in_frame, piece_of, text_of
+from tl_contextmix.adapters.unbridged import Place, keeping
 from tl_contextmix.adapters.weight_processing import fingerprint
 from tl_contextmix.errors import InvalidInput, bad, warn
 
@@ -43,13 +45,10 @@ def is_speech(model: object) -> bool:
 def from_speech(
     model: Any, tokenizer: Any, language: str | None = None, task: str | None = None
 ) -> EncoderDecoder:
-    """Returns a Hugging Face speech model as an encoder-decoder.
+    """Returns a Hugging Face speech model (Whisper) as an encoder-decoder.
 
-    Args:
-        model: A WhisperForConditionalGeneration, or a similar model.
-        tokenizer: Its tokenizer or processor; None shows token ids as numbers.
-        language: What its decoder is told, as ``generate`` takes it; None: by the settings.
-        task: Likewise.
+    Without a tokenizer, or a processor that has one, token ids are shown as numbers. Language and
+    task are what ``generate`` takes; None: by the settings.
     """
     from transformers import __version__
 
@@ -64,7 +63,7 @@ def from_speech(
     decoder = MemoryDecoder(
         model=model,
         owner=model,
-        dtype=first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32,
+        dtype=maths_dtype(first),
         start=(int(config.decoder_start_token_id if start is None else start),),
         ends=end_tokens(settings),
         pad=settings.pad_token_id or 0,
@@ -139,32 +138,19 @@ def _prompt(
     return result
 
 
-@torch.no_grad()
 def _speech_states(model: Any, features: Float[Tensor, "batch mel frame"]) -> list[Tensor]:
     """Returns the encoder's states: after convolutions and positions, then after every block."""
-    encoder, kept = model.get_encoder(), []
-    first = next(model.parameters())
+    encoder, first = model.get_encoder(), next(model.parameters())
     bins = model.config.num_mel_bins
     if features.shape[1] != bins:
         raise _unfit(features, f"{bins} mel bins")
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.append(args[0])
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
-
-    with lock_of(model):
-        handles = [encoder.layers[0].register_forward_pre_hook(before)]
-        handles += [layer.register_forward_hook(after) for layer in encoder.layers]
+    places = {str(n): Place(layer, "out") for n, layer in enumerate(encoder.layers)}
+    with keeping(model, {"in": Place(encoder.layers[0], "in"), **places}) as kept:
         try:
             encoder(features.to(first.device, first.dtype))
         except ValueError as error:
             raise _unfit(features, str(error)) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-    return kept
+    return list(kept.values())
 
 
 def _unfit(features: Tensor, expected: str) -> InvalidInput:

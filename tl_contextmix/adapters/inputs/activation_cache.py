@@ -50,12 +50,7 @@ class NamesOnly(dict[str, Tensor]):
 def names_read(model: Any, call: Callable[[NamesOnly], Any]) -> list[str] | None:
     """Returns the names that a call reads of a cache, and those it checks it by.
 
-    Args:
-        model: The model.
-        call: Calls a method with a cache.
-
-    Returns:
-        The names; None if the call read no cache.
+    None if ``call``, which is given a stand-in for a cache, reads none.
     """
     try:
         call(NamesOnly())
@@ -70,12 +65,7 @@ def trace_of(
 ) -> Trace:
     """Returns what a cache holds of some blocks.
 
-    Args:
-        view: The model.
-        cache: The cache.
-        batch: The input it is said to be of.
-        blocks: The blocks.
-        needed: Names that must be there; what else is there to check the blocks by is taken too.
+    Names that are needed must be there; what else is there to check the blocks by is taken, too.
 
     Raises:
         InvalidInput: If it lacks an activation that is needed, or is of another input.
@@ -118,10 +108,7 @@ def trace_of(
 class _Reader:
     """Reads activations under any of their names, with a batch axis, on the device of the maths.
 
-    Args:
-        view: The model.
-        cache: The cache.
-        stream: Name of a residual stream, whose shape says whether the batch axis was removed.
+    The shape of ``stream``, a residual stream, says whether the batch axis was removed.
     """
 
     def __init__(self, view: ModelView, cache: Cache, stream: str) -> None:

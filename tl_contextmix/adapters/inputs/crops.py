@@ -69,7 +69,9 @@ def crops(view: ModelView, batch: Batch) -> tuple[Crop, ...]:
     exact = bool(unsafe_padding(view, batch.main, placed="position_ids" in batch.further))
     layers = sum(len(blocks) for blocks in view.stacks.values())
     groups: list[_Group] = []
-    for row in sorted(range(len(bounds)), key=lambda row: _longest_first(bounds[row])):
+    # The longest first.
+    orders = [[(start - stop, start) for start, stop in row] for row in bounds]
+    for row in sorted(range(len(bounds)), key=orders.__getitem__):
         grown = groups[-1].with_row(row, bounds[row]) if groups else None
         if grown is not None and grown.fits(exact, layers):
             groups[-1] = grown
@@ -87,10 +89,6 @@ def _bounds(mask: Bool[Tensor, "batch pos"]) -> list[tuple[int, int]]:
     first = mask.int().argmax(dim=1).tolist()
     after = mask.flip(1).int().argmax(dim=1).tolist()
     return [(start, mask.shape[1] - rest) for start, rest in zip(first, after, strict=True)]
-
-
-def _longest_first(bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [(start - stop, start) for start, stop in bounds]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,7 @@ from tl_contextmix.errors import bad, four_parts, warn
 def further_arguments(
     view: ModelView, given: Mapping[str, Any], main: Side
 ) -> dict[str, Int[Tensor, "batch pos"]]:
-    """Returns what is given of each token, checked against the model.
-
-    Args:
-        view: The model.
-        given: Tensors by the name of the argument, [batch, pos] or the same [pos] for all rows.
-        main: The tokens.
+    """Returns what is given of each token, [batch, pos] or the same [pos] for all rows, checked.
 
     Raises:
         InvalidInput: If the model's forward takes no such argument, or not these values.
@@ -88,12 +83,7 @@ def warn_of_lost_segments(view: ModelView, main: Side) -> None:
 
 
 def require_same_arguments(view: ModelView, options: Mapping[str, Any], batch: Batch) -> None:
-    """Checks that a batch is given what the pass of an earlier result was given.
-
-    Args:
-        view: The model.
-        options: Of the earlier result.
-        batch: The batch.
+    """Checks that a batch is given what the pass of an earlier result, by its options, was given.
 
     Raises:
         InvalidInput: If something is missing, added or different.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import isfinite
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_contextmix.adapters.verification import relative_error
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import ModelView, Padding
@@ -71,18 +73,24 @@ def _without(
 ) -> Side:
     """Returns ids with what the tokenizer pads with masked, and warns of it.
 
-    Args:
-        view: The model.
-        ids: The ids.
-        real: Returns the positions that are not padding, from where there is another token.
-        name: Of the ids, for the warning.
-        remedy: What to do about it.
+    ``real`` returns the positions that are not padding, from where there is another token.
     """
     how = view.padding()
     if how is None:
         return Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
     mask = real(how, ids != how.token)
-    _warn_of_padding(view, how, mask, name, remedy)
+    padded = (~mask).sum(dim=1)
+    rows = padded.nonzero()[:, 0].tolist()
+    if rows:
+        warn(
+            four_parts(
+                f"the {name} is taken as padded",
+                f"{int(padded.sum())} times {how.token} ({view.to_string(how.token)!r}), which "
+                f"the tokenizer pads with, at the ends of row {', '.join(map(str, rows))}",
+                "a mask, or ids without padding",
+                remedy,
+            )
+        )
     return Side(ids=ids, mask=mask)
 
 
@@ -112,10 +120,7 @@ def find_target_padding(
 ) -> Side:
     """Returns ids of the decoder side, with the padding after them masked.
 
-    Args:
-        view: The model.
-        ids: The ids; T5's start with padding, which is the first of them alone.
-        start: What a decoder starts with.
+    T5's start with padding, which is then in ``start``: the first of them alone.
 
     Raises:
         InvalidInput: If there is padding before the text.
@@ -142,28 +147,8 @@ def find_target_padding(
     return _without(view, ids, real, "decoder_input", remedy)
 
 
-def _warn_of_padding(view: ModelView, how: Padding, mask: Tensor, name: str, remedy: str) -> None:
-    padded = (~mask).sum(dim=1)
-    rows = padded.nonzero()[:, 0].tolist()
-    if rows:
-        warn(
-            four_parts(
-                f"the {name} is taken as padded",
-                f"{int(padded.sum())} times {how.token} ({view.to_string(how.token)!r}), which "
-                f"the tokenizer pads with, at the ends of row {', '.join(map(str, rows))}",
-                "a mask, or ids without padding",
-                remedy,
-            )
-        )
-
-
 def require_safe_padding(view: ModelView, side: Side, *, placed: bool = False) -> None:
     """Checks that padding changes nothing about the text.
-
-    Args:
-        view: The model.
-        side: The tokens.
-        placed: Whether their positions are given.
 
     Raises:
         InvalidInput: If there is padding and it does, see `unsafe_padding`.
@@ -176,15 +161,10 @@ def require_safe_padding(view: ModelView, side: Side, *, placed: bool = False) -
 def unsafe_padding(view: ModelView, side: Side, *, placed: bool = False) -> str:
     """Returns why padding changes something about the text; empty where it does not.
 
-    Some hosts leave positions where they are (HookedEncoder, BART and Marian on the bridge) or
-    drop the mask, others turn rows of padding into NaN, by version, family and dtype. So padding
-    before the text and after it is tried once per model, on a few tokens with and without, and
-    without hooks of the user's own.
-
-    Args:
-        view: The model.
-        side: The tokens.
-        placed: Whether their positions are given.
+    Some hosts leave positions where they are (HookedEncoder, BART and Marian on the bridge), unless
+    they are ``placed``, or drop the mask, others turn rows of padding into NaN, by version, family
+    and dtype. So padding before the text and after it is tried once per model, on a few tokens with
+    and without, and without hooks of the user's own.
     """
     for where, edge in (("left", 0), ("right", -1)):
         if bool(side.mask[:, edge].all()):
@@ -213,11 +193,11 @@ def _try(view: ModelView, where: str, placed: bool) -> str:
     sides = Side(ids=ids, mask=real), padded
     with view.without_hooks():
         plain, found = (_streams(view, side, placed) for side in sides)
-    error = max(_error(found[name], stream) for name, stream in plain.items())
-    if error <= view.tolerance:
+    errors = [relative_error(found[name], stream) for name, stream in plain.items()]
+    if all(error <= view.tolerance for error in errors):
         return ""
-    place = "before" if where == "left" else "after"
-    if error == float("inf"):
+    place, error = "before" if where == "left" else "after", max(errors)
+    if not all(map(isfinite, errors)):
         kind = next(iter(found.values())).dtype
         return why_not_finite(f"tokens with padding {place} them", kind, padded=True)
     return four_parts(
@@ -242,8 +222,3 @@ def _streams(view: ModelView, side: Side, placed: bool) -> dict[str, Tensor]:
         block.resid_out: trace[block.resid_out][:, trace.batch.side(stack).mask[0]]
         for stack, block in last.items()
     }
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    error = float((found - expected).abs().max() / expected.abs().max())
-    return error if error == error else float("inf")

@@ -21,11 +21,7 @@ ALIASES = {
 
 
 def read_as(architecture: str) -> tuple[str, bool]:
-    """Returns the architecture as which a model is read, and whether TransformerLens loads it.
-
-    Args:
-        architecture: Hugging Face's class.
-    """
+    """Returns the architecture as which a model is read, and whether TransformerLens loads it."""
     factory = importlib.import_module("transformer_lens.factories.architecture_adapter_factory")
     known = factory.SUPPORTED_ARCHITECTURES
     listed, own = known.get(architecture), _adapters(known).get(architecture)

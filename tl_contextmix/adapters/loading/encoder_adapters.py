@@ -121,24 +121,15 @@ class _EncoderAdapter(BertArchitectureAdapter):
 
     def prepare_model(self, hf_model: Any) -> None:
         """Leaves out embeddings that a model does not have, and rows for padding's positions."""
+        modules: dict[str, Any] = dict(hf_model.named_modules())
         for name in ("pos_embed", "token_type_embed"):
             path = f"{self.model}.{self.embeddings.get(name, '')}"
-            if name in self.components and _module(hf_model, path) is None:
+            if name in self.components and path not in modules:
                 del self.components[name]
         if "pos_embed" in self.components:
-            table: Any = _module(hf_model, f"{self.model}.{self.embeddings['pos_embed']}")
+            table = modules[f"{self.model}.{self.embeddings['pos_embed']}"]
             if table.padding_idx is not None:
                 self.cfg.n_ctx = table.num_embeddings - (table.padding_idx + 1)
-
-
-def _module(model: nn.Module, path: str) -> nn.Module | None:
-    """Returns a submodule, or None."""
-    for name in path.split("."):
-        found = model._modules.get(name)
-        if found is None:
-            return None
-        model = found
-    return model
 
 
 class DistilBertAdapter(_EncoderAdapter):
@@ -385,12 +376,7 @@ class RobertaAdapter(_EncoderAdapter):
 
 
 def _classifier(adapter: type[_EncoderAdapter], kind: str) -> type[_EncoderAdapter]:
-    """Returns the adapter of an encoder with a `classifiers.Head`.
-
-    Args:
-        adapter: The encoder's.
-        kind: Which classifier, by the end of its class's name.
-    """
+    """Returns the adapter of an encoder with a `classifiers.Head`, of texts or of tokens."""
     modern = adapter is ModernBertAdapter
     layers = kind == OF_TEXTS or modern
     dense, norm = "head.dense" if layers else "", "head.norm" if modern else ""

@@ -12,7 +12,7 @@ import torch
 
 from tl_contextmix.adapters.loading.classifiers import classifies
 from tl_contextmix.adapters.recognition import major, require_no_images
-from tl_contextmix.adapters.refusals import quantized, quantized_in
+from tl_contextmix.adapters.refusals import QUANTIZED, quantized_in
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
 
@@ -145,7 +145,7 @@ def held_source(model: Any, tokenizer: Any) -> Source:
         )
     packed = quantized_in(model)
     if packed:
-        raise UnsupportedModel(quantized(packed))
+        raise QUANTIZED.error(packed)
     location = str(getattr(config, "_name_or_path", "") or "")
     if tokenizer is None and not location:
         raise bad(

@@ -16,12 +16,8 @@ from tl_contextmix.errors import InvalidInput, bad, seen
 def predicting_rows(view: ModelView, batch: Batch, stack: str, pos: object) -> list[list[int]]:
     """Returns the positions of each sentence that predictions are read from.
 
-    Args:
-        view: The model.
-        batch: Its tokens.
-        stack: The stack that writes the answer.
-        pos: The position, several, or ``"all"``; None for the last token of a decoder, the mask of
-            an encoder and where a classifier of texts answers.
+    None stands for the last token of a decoder, the mask of an encoder and where a classifier of
+    texts answers.
 
     Raises:
         InvalidInput: If there is no such position, not one mask in every sentence, or a class for

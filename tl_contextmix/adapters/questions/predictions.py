@@ -45,9 +45,7 @@ class Predictions:
     def rows_of(self, map: ContextMap, *, whole: bool = True) -> ContextMap:
         """Returns the rows of a map.
 
-        Args:
-            map: The map, of all rows or of these.
-            whole: Whether its columns are all tokens: prompt and output are then kept apart.
+        Where its columns are the ``whole`` of the tokens, prompt and output are kept apart.
         """
         source, encoder = map.source, map.source.side("encoder")
         if whole and self.written is not None and len(encoder) < source.shape[1]:

@@ -144,12 +144,8 @@ class Question:
 def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Question:
     """Returns which predictions are asked about.
 
-    Args:
-        view: The model.
-        batch: Its input.
-        answer: What is asked.
-        *about: Results whose components are asked about; what is no result is passed over. Where
-            they are contributions, what was asked there is asked again unless something else is.
+    With results whose components are asked about (what is no result is passed over): what was asked
+    there is asked again unless something else is.
 
     Raises:
         InvalidInput: If the model has no such token or position, it is not clear which is meant, or

@@ -174,16 +174,10 @@ def follow(
 ) -> Trace:
     """Returns a pass that hooks may have edited, knowing which heads they changed.
 
-    Args:
-        tolerance: Largest relative error that counts as equal.
-        trace: The pass, with the available `Block.checkpoints`.
-        stack: The stack of the blocks.
-        blocks: The requested blocks.
-        needs: What the method needs of each of them.
-        hooked: Where hooks are; None if the pass was made from a cache.
+    The trace has the available `Block.checkpoints`; where hooks are is None for a cache.
 
     Raises:
-        UnsupportedModel: If one of these does not hold of the pass.
+        UnsupportedModel: If something that the method needs does not hold of the pass.
     """
     changed = frozenset(
         attention.mixed

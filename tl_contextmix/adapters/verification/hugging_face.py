@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tl_contextmix.adapters.recognition import every_module
+from tl_contextmix.adapters.recognition import every_module, inner
 from tl_contextmix.adapters.verification.identity_report import HUGGING_FACE, CheckRow
 from tl_contextmix.adapters.verification.probe import Probe, relative_error
 from tl_contextmix.core.blocks import Batch
@@ -27,13 +27,8 @@ def hugging_face_rows(model: Any, probe: Probe) -> Iterator[CheckRow]:
     """Yields the comparison of a bridge's logits with those of its Hugging Face model.
 
     Nothing where there is no such model, or where its weights are not the bridge's: weights that
-    were processed or edited, where the bridge holds copies.
-
-    Args:
-        model: A TransformerLens model.
-        probe: The clean pass whose logits are compared.
-
-    Cost: one more forward pass over the few tokens of the probe.
+    were processed or edited, where the bridge holds copies. Cost: a pass over the few
+    tokens of the probe.
     """
     original: Any = getattr(model, "original_model", None)
     config = getattr(original, "config", None)
@@ -71,13 +66,6 @@ def _arguments(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return result
 
 
-def _inner(module: Any) -> Any:
-    """Returns the module that a bridge's module stands for; any other one as it is."""
-    while isinstance(held := getattr(module, "original_component", None), nn.Module):
-        module = held
-    return module
-
-
 @contextmanager
 def _unwrapped(model: nn.Module) -> Iterator[None]:
     """Puts a Hugging Face model's own modules back in their places for a while."""
@@ -87,11 +75,11 @@ def _unwrapped(model: nn.Module) -> Iterator[None]:
         for name, child in module._modules.items():
             if child is None:
                 continue
-            inner = _inner(child)
-            if inner is not child:
+            own = inner(child)
+            if own is not child:
                 places.append((module._modules, name, child))
-                module._modules[name] = inner
-            unwrap(inner)
+                module._modules[name] = own
+            unwrap(own)
 
     try:
         unwrap(model)
@@ -118,8 +106,8 @@ def _as_split(module: nn.Module, splitter: str) -> bool:
     split = getattr(module, splitter)
     if split is None:
         return True
-    pieces = [_inner(module._modules[name]) for name in _SPLITTERS[splitter]]
-    for again, piece in zip(split(_inner(module)), pieces, strict=True):
+    pieces = [inner(module._modules[name]) for name in _SPLITTERS[splitter]]
+    for again, piece in zip(split(inner(module)), pieces, strict=True):
         for name, weight in again.named_parameters():
             held = getattr(piece, name)
             # Most are views of the fused weights, which need not be read.

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 from typing_extensions import Unpack
 
-from tl_contextmix.adapters import EncoderDecoder, as_encoder_decoder
+from tl_contextmix.adapters import as_encoder_decoder
 from tl_contextmix.adapters.inputs import Given, Input, Text, TokenInputs
 from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_items
 from tl_contextmix.core.validation import Positive
@@ -208,13 +208,6 @@ def decoder_lens(
     # Each once and in order, which is what "the first layer that" counts on.
     numbers = tuple(sorted({*positions("layer", layer, range(found.n_layers + 1))}))
     source, prompt, sources, further = read_source(found, Given(input, **inputs))
-    options = {
-        "layers": numbers,
-        "mode": mode,
-        "num_beams": num_beams,
-        "final_norm": final_norm,
-        "max_new_tokens": max_new_tokens,
-    }
     lens = Lens(
         listening=Listening(found, source, numbers, final_norm, max_bytes, further),
         inputs=sources,
@@ -223,7 +216,22 @@ def decoder_lens(
         references=read_references(found, references, len(sources)),
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        provenance=_provenance(found, options),
+        provenance=Provenance(
+            method="decoder_lens",
+            options={
+                "layers": numbers,
+                "mode": mode,
+                "num_beams": num_beams,
+                "final_norm": final_norm,
+                "max_new_tokens": max_new_tokens,
+            },
+            model=found.name,
+            host=found.host,
+            host_version=found.host_version,
+            version=package_version(),
+            processing=found.processing,
+            fingerprint=found.fingerprint,
+        ),
     )
     if plan.metrics:
         return _curves(lens, plan, categories)
@@ -317,16 +325,3 @@ def _require_used(*options: tuple[str, object, bool]) -> None:
             raise bad(
                 f"{name} would change nothing", repr(value), f"{_USED[name]}", "Leave it out."
             )
-
-
-def _provenance(model: EncoderDecoder, options: dict[str, Any]) -> Provenance:
-    return Provenance(
-        method="decoder_lens",
-        options=options,
-        model=model.name,
-        host=model.host,
-        host_version=model.host_version,
-        version=package_version(),
-        processing=model.processing,
-        fingerprint=model.fingerprint,
-    )

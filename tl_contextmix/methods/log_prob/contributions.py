@@ -187,20 +187,16 @@ def contributions_to(
         found = _best(prediction, splits, k)
     else:
         found = _all(prediction, splits, score)
+    if prediction.reading is not None:
+        found = replace(found, logits=found.logits * torch.nan)
     note = prediction.vocabulary.nonlinear if bounded else ""
     return LogProbContributions(
-        scores=found.scores,
-        coefficients=found.coefficients,
-        logits=found.logits if prediction.reading is None else found.logits * torch.nan,
-        components=found.components,
+        **vars(found),
         by=by,
         score=score if prediction.reading is None else "projection",
         norm=norm,
         steps=prediction.steps,
-        trajectory=found.trajectory,
-        gaps=found.gaps,
         log_prob=prediction.log_prob,
-        evaluated=found.evaluated,
         possible=_possible(splits),
         note=f"All of them, as there is no bound: {note}." if note else "",
         pos=prediction.stream.rows.cpu(),
@@ -281,7 +277,8 @@ def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
         inside = place.clamp(max=split.grid.count - 1)
         components = components.fill(mine.cpu(), split.grid.at(inside))
         logits = torch.where(mine, vocabulary.target_logits(split.written(inside)), logits)
-        coefficients = torch.where(mine, _gathered(split, inside), coefficients)
+        own = split.coefficients.to(inside.device).gather(1, inside)
+        coefficients = torch.where(mine, own, coefficients)
     return _Found(
         scores,
         coefficients,
@@ -291,11 +288,6 @@ def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
         torch.full((len(best), len(prediction.steps)), torch.nan).to(logits),
         torch.tensor([one.evaluated for one in best]),
     )
-
-
-def _gathered(split: Split, places: Tensor) -> Tensor:
-    """Returns the coefficients of some components."""
-    return split.coefficients.to(places.device).gather(1, places)
 
 
 def _possible(splits: list[Split]) -> Tensor:

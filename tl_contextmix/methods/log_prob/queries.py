@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
@@ -197,30 +198,26 @@ def query_contributions(
         rows = [
             _row(prediction, chosen, weights[row], row, by, share, k) for row in range(len(weights))
         ]
-    if not any(row.components.kind.shape[1] for row in rows):
+    width = max(len(row.scores) for row in rows)
+    if not width:
         raise _nothing_read(chosen, by)
-    width = max(found.components.kind.shape[1] for found in rows)
-    padded = [found.padded(width) for found in rows]
+    columns = [join([row.components, padding(1, width - len(row.scores))]) for row in rows]
 
     def stacked(name: str) -> Tensor:
-        return torch.stack([getattr(found, name) for found in padded])
+        some = [getattr(row, name) for row in rows]
+        wide = max(one.shape[-1] for one in some)
+        return torch.stack([pad(one, (0, wide - one.shape[-1]), value=torch.nan) for one in some])
 
-    columns = [found.components for found in padded]
+    names = ("scores", "inner", "linear", "shares", "pre", "activation", "constant")
     return QueryContributions(
-        scores=stacked("scores"),
+        **{name: stacked(name) for name in names},
         components=Components(
-            **{n: torch.cat([getattr(c, n) for c in columns]) for n in vars(columns[0])}
+            **{name: torch.cat([getattr(c, name) for c in columns]) for name in vars(columns[0])}
         ),
         by=by,
         share=share,
-        inner=stacked("inner"),
-        linear=stacked("linear"),
-        shares=stacked("shares"),
         neurons=chosen,
         weights=weights,
-        pre=stacked("pre"),
-        activation=stacked("activation"),
-        constant=stacked("constant"),
         tokens=prediction.tokens,
         encoder=prediction.encoder,
         sentence=prediction.question.sentences,
@@ -246,7 +243,7 @@ def _require_edge_alone(neurons: object, answer: Answer, plain: bool) -> None:
 
 @dataclass(frozen=True)
 class _Row:
-    """What was found for one sentence."""
+    """What was found for one sentence, by the names of `QueryContributions`."""
 
     scores: Tensor
     components: Components
@@ -256,24 +253,6 @@ class _Row:
     pre: Tensor
     activation: Tensor
     constant: Tensor
-
-    def padded(self, width: int) -> _Row:
-        """Returns the same with empty places up to a width."""
-        more = width - len(self.scores)
-
-        def wide(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, more), value=torch.nan)
-
-        return _Row(
-            wide(self.scores),
-            join([self.components, padding(1, more)]),
-            wide(self.inner),
-            wide(self.linear),
-            wide(self.shares),
-            self.pre,
-            self.activation,
-            self.constant,
-        )
 
 
 @dataclass(frozen=True)
