@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from typing import Any
 
+import pandas
 import pytest
 import torch
 import zoo
@@ -21,7 +22,7 @@ from tl_contextmix.core import readout as unembed
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import Unembedding
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.engine import log_prob_scores
+from tl_contextmix.engine import log_prob_scores, promoted_tokens
 from tl_contextmix.engine import memory_coefficients as memories
 from tl_contextmix.engine.memory_coefficients import CASES, cases
 from tl_contextmix.engine.memory_coefficients import values as value_vectors
@@ -49,6 +50,15 @@ def values_read(view: Any, vectors: Tensor) -> Tensor:
     return vectors * view.readout.scale @ W_U
 
 
+def require_alike(few: cm.Memories, every: cm.Memories) -> None:
+    """Raises AssertionError unless what was read of some values is what was read of all."""
+    assert torch.equal(few.agreeing, every.agreeing)
+    read = few.promoted >= 0
+    assert torch.equal(few.promoted[read], every.promoted[read])
+    assert bool((every.promoted >= 0).all())
+    pandas.testing.assert_frame_equal(few.top(2), every.top(2))
+
+
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
     """Coefficients times values are the host's output; look-ups are what argmax says."""
@@ -60,7 +70,12 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
         with pytest.raises(cm.UnsupportedModel):
             cm.ff_memories(model, given.tokens, **keywords(given))
         return
-    found = cm.ff_memories(model, given.tokens, **keywords(given))
+    view.tables.clear()
+    few = cm.ff_memories(model, given.tokens, pos="all", k=2, **keywords(given))
+    found = cm.ff_memories(model, given.tokens, k=None, **keywords(given))
+    require_alike(few, found)
+    again = cm.ff_memories(model, given.tokens, pos="all", k=2, **keywords(given))
+    assert torch.equal(again.promoted, few.promoted)
     static = cm.ff_values(model, k=3)
     trace, blocks = host_trace(view, given, None)
     gated = blocks[0].feed_forward.gated
@@ -341,10 +356,10 @@ def test_bars_show_on_a_terminal_what_takes_long(monkeypatch: pytest.MonkeyPatch
     screen.isatty = lambda: True  # type: ignore[method-assign]
     # Where nobody looks nothing is shown, and nothing before two seconds have passed.
     monkeypatch.setattr(sys, "stderr", screen)
-    cm.ff_memories(model, text)
+    cm.ff_memories(model, text, k=None)
     assert not screen.getvalue()
     at_once = {"delay": 0, "mininterval": 0, "miniters": 1, "file": screen, "ncols": 120}
-    for module in (memories, passes, log_prob_scores, shards):
+    for module in (promoted_tokens, passes, log_prob_scores, shards):
         bar = module.tqdm
         monkeypatch.setattr(
             module, "tqdm", lambda *rows, bar=bar, **given: bar(*rows, **{**given, **at_once})
@@ -352,8 +367,8 @@ def test_bars_show_on_a_terminal_what_takes_long(monkeypatch: pytest.MonkeyPatch
     fresh = zoo.build(case_of("gpt2"), dtype=torch.float32)
     shown = {}
     for name, ask in {
-        "ff_memories": partial(cm.ff_memories, fresh, text),
-        "again": partial(cm.ff_memories, fresh, text),
+        "ff_memories": partial(cm.ff_memories, fresh, text, k=None),
+        "again": partial(cm.ff_memories, fresh, text, k=None),
         "composition": partial(cm.composition, fresh, [text]),
         "log_prob_contributions": partial(cm.log_prob_contributions, fresh, text),
     }.items():
