@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sys
 from functools import partial
@@ -13,12 +14,15 @@ import pytest
 import torch
 import zoo
 from asked import bound, case_of, host_trace, host_value, keywords, relative, stacks, view_of
+from test_estimate import random_gpt2
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import passes
+from tl_contextmix.core import half_weights
 from tl_contextmix.core import readout as unembed
+from tl_contextmix.core.counters import Operations
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import Unembedding
 from tl_contextmix.core.token_sums import Norm
@@ -121,6 +125,42 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
         # Experts that a token is not routed to have no signs.
         whole = found.active if case.family == "mixtral" else torch.ones_like(found.active)
         assert relative(found.quadrants.sum(-1), whole) < 1e-12
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_few_values_are_read_as_all_are(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any tiles, also of tokens that are alike and of weights in half precision."""
+    model = zoo.build(case_of(family), dtype=dtype)
+    with torch.no_grad():
+        head = model.original_model.lm_head.weight
+        head[1::2] = head[: len(head) // 2 * 2 : 2]
+    view, ids = view_of(model), torch.randint(5, 60, (4, 14))
+    monkeypatch.setattr(half_weights, "STRETCH_BYTES", 1024)
+    for active, how in itertools.product(("positive", "nonzero"), ("model", "none")):
+        options = {"active": active, "projection": how}
+        view.tables.clear()
+        every = cm.ff_memories(model, ids, k=None, **options)
+        for tile, first, held in ((2**26, 64, 2**28), (2**26, 2, 1), (1, 5, 1)):
+            view.tables.clear()
+            monkeypatch.setattr(promoted_tokens, "TILE_BYTES", tile)
+            monkeypatch.setattr(promoted_tokens, "_FIRST", first)
+            monkeypatch.setattr(promoted_tokens, "_HELD", held)
+            require_alike(cm.ff_memories(model, ids, k=2, **options), every)
+        assert int(every.agreeing.sum()) > 10
+
+
+def test_a_first_call_reads_few_values() -> None:
+    """A third of a pass and of what reads states; to read all values is more than the whole."""
+    model, ids = random_gpt2(words=20_000, positions=64), torch.randint(5, 20_000, (1, 64))
+    with Operations() as once:
+        model(ids)
+    with Operations() as first:
+        cm.ff_memories(model, ids)
+    assert first.total <= 4 / 3 * (once.total + 5 * 2 * ids.numel() * 64 * 20_000)
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
