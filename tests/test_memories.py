@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sys
 from functools import partial
 from typing import Any
 
+import pandas
 import pytest
 import torch
 import zoo
 from asked import bound, case_of, host_trace, host_value, keywords, relative, stacks, view_of
+from test_estimate import random_gpt2
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import passes
+from tl_contextmix.core import half_weights
 from tl_contextmix.core import readout as unembed
+from tl_contextmix.core.counters import Operations
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import Unembedding
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.engine import log_prob_scores
+from tl_contextmix.engine import log_prob_scores, promoted_tokens
 from tl_contextmix.engine import memory_coefficients as memories
 from tl_contextmix.engine.memory_coefficients import CASES, cases
 from tl_contextmix.engine.memory_coefficients import values as value_vectors
@@ -49,6 +54,15 @@ def values_read(view: Any, vectors: Tensor) -> Tensor:
     return vectors * view.readout.scale @ W_U
 
 
+def require_alike(few: cm.Memories, every: cm.Memories) -> None:
+    """Raises AssertionError unless what was read of some values is what was read of all."""
+    assert torch.equal(few.agreeing, every.agreeing)
+    read = few.promoted >= 0
+    assert torch.equal(few.promoted[read], every.promoted[read])
+    assert bool((every.promoted >= 0).all())
+    pandas.testing.assert_frame_equal(few.top(2), every.top(2))
+
+
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
     """Coefficients times values are the host's output; look-ups are what argmax says."""
@@ -60,7 +74,12 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
         with pytest.raises(cm.UnsupportedModel):
             cm.ff_memories(model, given.tokens, **keywords(given))
         return
-    found = cm.ff_memories(model, given.tokens, **keywords(given))
+    view.tables.clear()
+    few = cm.ff_memories(model, given.tokens, pos="all", k=2, **keywords(given))
+    found = cm.ff_memories(model, given.tokens, k=None, **keywords(given))
+    require_alike(few, found)
+    again = cm.ff_memories(model, given.tokens, pos="all", k=2, **keywords(given))
+    assert torch.equal(again.promoted, few.promoted)
     static = cm.ff_values(model, k=3)
     trace, blocks = host_trace(view, given, None)
     gated = blocks[0].feed_forward.gated
@@ -106,6 +125,42 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
         # Experts that a token is not routed to have no signs.
         whole = found.active if case.family == "mixtral" else torch.ones_like(found.active)
         assert relative(found.quadrants.sum(-1), whole) < 1e-12
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_few_values_are_read_as_all_are(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any tiles, also of tokens that are alike and of weights in half precision."""
+    model = zoo.build(case_of(family), dtype=dtype)
+    with torch.no_grad():
+        head = model.original_model.lm_head.weight
+        head[1::2] = head[: len(head) // 2 * 2 : 2]
+    view, ids = view_of(model), torch.randint(5, 60, (4, 14))
+    monkeypatch.setattr(half_weights, "STRETCH_BYTES", 1024)
+    for active, how in itertools.product(("positive", "nonzero"), ("model", "none")):
+        options = {"active": active, "projection": how}
+        view.tables.clear()
+        every = cm.ff_memories(model, ids, k=None, **options)
+        for tile, first, held in ((2**26, 64, 2**28), (2**26, 2, 1), (1, 5, 1)):
+            view.tables.clear()
+            monkeypatch.setattr(promoted_tokens, "TILE_BYTES", tile)
+            monkeypatch.setattr(promoted_tokens, "_FIRST", first)
+            monkeypatch.setattr(promoted_tokens, "_HELD", held)
+            require_alike(cm.ff_memories(model, ids, k=2, **options), every)
+        assert int(every.agreeing.sum()) > 10
+
+
+def test_a_first_call_reads_few_values() -> None:
+    """A third of a pass and of what reads states; to read all values is more than the whole."""
+    model, ids = random_gpt2(words=20_000, positions=64), torch.randint(5, 20_000, (1, 64))
+    with Operations() as once:
+        model(ids)
+    with Operations() as first:
+        cm.ff_memories(model, ids)
+    assert first.total <= 4 / 3 * (once.total + 5 * 2 * ids.numel() * 64 * 20_000)
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
@@ -341,10 +396,10 @@ def test_bars_show_on_a_terminal_what_takes_long(monkeypatch: pytest.MonkeyPatch
     screen.isatty = lambda: True  # type: ignore[method-assign]
     # Where nobody looks nothing is shown, and nothing before two seconds have passed.
     monkeypatch.setattr(sys, "stderr", screen)
-    cm.ff_memories(model, text)
+    cm.ff_memories(model, text, k=None)
     assert not screen.getvalue()
     at_once = {"delay": 0, "mininterval": 0, "miniters": 1, "file": screen, "ncols": 120}
-    for module in (memories, passes, log_prob_scores, shards):
+    for module in (promoted_tokens, passes, log_prob_scores, shards):
         bar = module.tqdm
         monkeypatch.setattr(
             module, "tqdm", lambda *rows, bar=bar, **given: bar(*rows, **{**given, **at_once})
@@ -352,8 +407,8 @@ def test_bars_show_on_a_terminal_what_takes_long(monkeypatch: pytest.MonkeyPatch
     fresh = zoo.build(case_of("gpt2"), dtype=torch.float32)
     shown = {}
     for name, ask in {
-        "ff_memories": partial(cm.ff_memories, fresh, text),
-        "again": partial(cm.ff_memories, fresh, text),
+        "ff_memories": partial(cm.ff_memories, fresh, text, k=None),
+        "again": partial(cm.ff_memories, fresh, text, k=None),
         "composition": partial(cm.composition, fresh, [text]),
         "log_prob_contributions": partial(cm.log_prob_contributions, fresh, text),
     }.items():

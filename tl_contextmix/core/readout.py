@@ -80,15 +80,24 @@ class Unembedding:
         max_bytes: int = TILE_BYTES,
     ) -> Scan:
         """Returns the scan of vectors, as `hidden` returns them; options are those of `scan`."""
-        weight = require_weight(self.readout.weights, "W_U")
-        b_U = None if self.linear else self.readout.weights("b_U")
-        cap = self.readout.soft_cap
+        options = {"sides": sides, "targets": targets, "max_bytes": max_bytes}
+        return scan(hidden, self.W_U, self.finish, k, **options)
 
-        def finish(products: Tensor, tokens: Tensor | slice) -> Tensor:
-            logits = products if b_U is None else products.add_(b_U[tokens])
-            return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding."""
+        return require_weight(self.readout.weights, "W_U")
 
-        return scan(hidden, weight, finish, k, sides=sides, targets=targets, max_bytes=max_bytes)
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"] | None:
+        """Its bias, where it is read."""
+        return None if self.linear else self.readout.weights("b_U")
+
+    def finish(self, products: Tensor, tokens: Tensor | slice) -> Tensor:
+        """Makes logits of products with W_U, which are overwritten, of some tokens."""
+        b_U, cap = self.b_U, self.readout.soft_cap
+        logits = products if b_U is None else products.add_(b_U[tokens])
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 Finish = Callable[[Tensor, "Tensor | slice"], Tensor]

@@ -1,8 +1,7 @@
 r"""The feed-forward sublayer as a memory: coefficients, values, and how they make up its output.
 
 A neuron's coefficient :math:`m_i` is its activation and its value :math:`v_i` a row of W_out:
-:math:`y = \sum_i m_i v_i + b` (Geva, Schuster, Berant, Levy 2021, EMNLP). What a value promotes is
-a property of the model; with it, whether a memory agrees with an output is a look-up.
+:math:`y = \sum_i m_i v_i + b` (Geva, Schuster, Berant, Levy 2021, EMNLP).
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import ClassVar, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from tl_contextmix.core.blocks import Block, FeedForward, Identity, Trace, shift
 from tl_contextmix.core.experts import Experts
@@ -24,8 +22,6 @@ from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.results.memory_composition import figure_rows
 
 Active = Literal["positive", "nonzero"]
-# Values read at once: a second or so of a processor's time.
-_TOGETHER = 512
 CASES = ("residual", "ffn", "agreement", "composition", "conflict")
 """Which of residual stream and feed-forward output has the top token of their sum: one of them,
 both, none; or both the same one, which the sum has not. The last cannot be where logits are
@@ -150,31 +146,6 @@ def values(ff: FeedForward) -> Float[Tensor, "neuron d_model"]:
     return ff.W_out if ff.norm_out is None else ff.norm_out.linear(ff.W_out)
 
 
-def promoted(view: ModelView, block: Block, unembedding: Unembedding) -> Int[Tensor, "neuron side"]:
-    """Returns the token each value promotes most, and the one it promotes times -1.
-
-    Computed once for each model: it depends on weights alone. Large layers take minutes, with a
-    progress bar.
-    """
-    key = f"promoted, {unembedding.projection}, layer {block.layer}"
-    if key not in view.tables:
-        parts = values(require_feed_forward(block)).split(_TOGETHER)
-        what = f"what values of layer {block.layer} promote"
-        bar = tqdm(parts, desc=what, unit="part", delay=2, leave=False, disable=None)
-        view.tables[key] = torch.cat([_promoted(part, unembedding) for part in bar])
-    return view.tables[key]
-
-
-def _promoted(vectors: Tensor, unembedding: Unembedding) -> Int[Tensor, "neuron side"]:
-    if unembedding.linear:
-        return unembedding.scan(unembedding.hidden(vectors)).ids[:, :, 0]
-    sides = [
-        unembedding.scan(unembedding.hidden(vectors * sign), sides=1).ids[:, :, 0]
-        for sign in (1, -1)
-    ]
-    return torch.cat(sides, dim=1)
-
-
 @dataclass(frozen=True)
 class LayerComposition:
     """How the memories of one layer make up its output, at some positions.
@@ -182,7 +153,6 @@ class LayerComposition:
     Attributes:
         coefficients: What each value is multiplied with.
         active: Share of memories that are active.
-        agreeing: How many active memories promote the top token of the feed-forward output.
         residual_top: Top token of the stream that the output is added to.
         ffn_top: Top token of the feed-forward output.
         output_top: Top token of the layer's output.
@@ -192,16 +162,17 @@ class LayerComposition:
 
     coefficients: Float[Tensor, "place neuron"]
     active: Float[Tensor, " place"]
-    agreeing: Int[Tensor, " place"]
     residual_top: Int[Tensor, " place"]
     ffn_top: Int[Tensor, " place"]
     output_top: Int[Tensor, " place"]
     probability: Float[Tensor, " place"]
     case: Int[Tensor, " place"]
 
-    def sums(self, final: Int[Tensor, " place"]) -> Float[Tensor, " quantity"]:
+    def sums(
+        self, final: Int[Tensor, " place"], agreeing: Int[Tensor, " place"]
+    ) -> Float[Tensor, " quantity"]:
         """Returns the sums over positions that `CompositionFigures` has."""
-        seen = (self.active, self.agreeing, self.residual_top == final, self.probability, self.case)
+        seen = (self.active, agreeing, self.residual_top == final, self.probability, self.case)
         return torch.stack([row.sum() for row in figure_rows(*seen, len(CASES))])
 
 
@@ -282,8 +253,7 @@ class LayerReadout:
         )
         return LayerComposition(
             found,
-            self._active(found).to(found).mean(-1),
-            self._agreeing(block, found, ff_top),
+            (found > 0 if self.active == "positive" else found != 0).to(found).mean(-1),
             residual_top,
             ff_top,
             top,
@@ -294,15 +264,18 @@ class LayerReadout:
     def _scan(self, x: Tensor, targets: Tensor | None = None) -> Scan:
         return self.states.scan(self.states.hidden(x, self.scale), sides=1, targets=targets)
 
-    def _active(self, found: Tensor) -> Tensor:
-        return found > 0 if self.active == "positive" else found != 0
+    def firing(self, one: LayerComposition) -> list[Bool[Tensor, "place neuron"]]:
+        """Returns which memories are active, by side: those that add their value, or take it."""
+        m = one.coefficients
+        return [m > 0] if self.active == "positive" else [m > 0, m < 0]
 
-    def _agreeing(self, block: Block, found: Tensor, top: Tensor) -> Tensor:
-        table = promoted(self.view, block, self.table)
-        seen = (found > 0) & (table[:, 0] == top[:, None])
-        if self.active == "nonzero":
-            seen |= (found < 0) & (table[:, 1] == top[:, None])
-        return seen.sum(-1)
+    def agreeing(
+        self, one: LayerComposition, promoted: Int[Tensor, "neuron side"]
+    ) -> Int[Tensor, " place"]:
+        """Returns how many active memories promote the top token of the feed-forward output."""
+        sides = zip(self.firing(one), promoted.T, strict=False)
+        alike = [active & (tokens == one.ffn_top[:, None]) for active, tokens in sides]
+        return torch.stack(alike).sum((0, 2))
 
 
 def _final_top(view: ModelView, trace: Trace, where: tuple[Tensor, ...], last: Tensor) -> Tensor:

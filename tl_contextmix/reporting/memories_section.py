@@ -33,7 +33,7 @@ def memories(story: Story) -> Section | str:
         return "the maps are the encoder's, but the answer is the decoder's"
     if view.readout.refusal:
         return view.readout.refusal
-    found = ff_memories(story.model, story.text)
+    found = ff_memories(story.model, story.text, pos=focus, k=_MEMORIES)
     rows = _fed(story, found.top(_MEMORIES, pos=focus))
     here = story.forward_pass.target.strings[0][focus]
     table = Table(

@@ -41,7 +41,8 @@ class Memories(LabelledArray):
         case: Index into `cases`.
         quadrants: Share of gated memories per sign of gate and linear branch (++ +- -+ --); empty
             where there are no gates.
-        promoted: Token each value promotes, and the one it promotes with a negative coefficient.
+        promoted: Token each value promotes, and the one it promotes with a negative coefficient;
+            -1 where it was not read (``pos`` and ``k`` of `ff_memories`).
         norm: Length of each value.
         layers: Number of each layer.
         cases: Names of the cases.
@@ -146,15 +147,27 @@ class Memories(LabelledArray):
         """Returns the memories that add the longest vectors at a position.
 
         Args:
-            k: How many of each layer.
+            k: How many of each layer; up to ``k`` of `ff_memories`.
             layer: Layer; None for all.
-            pos: Position; a negative one counts from the end of the row's tokens, padding left
-                out.
+            pos: Position, of those that `ff_memories` was asked about; a negative one counts from
+                the end of the row's tokens, padding left out.
             batch: Row of the batch.
 
         Raises:
-            InvalidInput: If there is no such layer, position or row.
+            InvalidInput: If there is no such layer, position or row, or it was not read what these
+                memories promote.
         """
+        frame = self._longest(k, layer, pos, batch)
+        if frame["promotes"].isna().any():
+            raise bad(
+                "it was not read what these memories promote",
+                f"k={k} and pos={pos}",
+                "positions, and as many memories, as ff_memories was asked about",
+                f"Call ff_memories with pos={pos}, k={k}, or with k=None for all memories.",
+            )
+        return frame
+
+    def _longest(self, k: int, layer: int | None, pos: int, batch: int) -> pandas.DataFrame:
         import pandas
 
         k = require_number("k", k)
@@ -177,7 +190,7 @@ class Memories(LabelledArray):
         for index in positions("layer", layer, self.layers):
             numbers = self.coefficients[row, index, place]
             size = numbers.abs() * self.norm[index]
-            for neuron in size.topk(min(k, len(size))).indices.tolist():
+            for neuron in longest(numbers, self.norm[index], k).tolist():
                 side = int(numbers[neuron] < 0)
                 expert = {} if self.expert is None else {"expert": int(self.expert[index, neuron])}
                 found.append(
@@ -187,7 +200,7 @@ class Memories(LabelledArray):
                         "neuron": neuron,
                         "coefficient": float(numbers[neuron]),
                         "length": float(size[neuron]),
-                        "promotes": self.words[str(int(self.promoted[index, neuron, side]))],
+                        "promotes": self.words.get(str(int(self.promoted[index, neuron, side]))),
                     }
                 )
         return pandas.DataFrame(found)
@@ -208,7 +221,7 @@ class Memories(LabelledArray):
     def panels(self) -> tuple[Panel, ...]:
         """Returns the paper's charts over these positions, and the largest memories at the last."""
         last = int(self.tokens.mask[0].nonzero()[-1])
-        frame = self.top(3)
+        frame = self._longest(3, None, -1, 0).fillna({"promotes": "(not read)"})
         table = table_of(
             [*frame.itertuples()],
             {"memory": memory_name, **{n: n for n in ("coefficient", "length", "promotes")}},
@@ -218,6 +231,13 @@ class Memories(LabelledArray):
             signed=("coefficient",),
         )
         return (*self.figures().panels(), table)
+
+
+def longest(
+    coefficients: Float[torch.Tensor, "*some neuron"], norm: Float[torch.Tensor, " neuron"], k: int
+) -> Int[torch.Tensor, "*some k"]:
+    """Returns the memories that add the longest vectors, of equally long ones the first."""
+    return (coefficients.abs() * norm).sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def _share(which: torch.Tensor, among: torch.Tensor) -> torch.Tensor:

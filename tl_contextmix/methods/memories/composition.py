@@ -22,6 +22,7 @@ from tl_contextmix.engine.memory_coefficients import (
     require_feed_forward,
     require_predicting,
 )
+from tl_contextmix.engine.promoted_tokens import promoted
 from tl_contextmix.engine.registry import method
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.shards import (
@@ -87,7 +88,7 @@ def composition(
         ContextMixWarning: If no position counted, or more tokens were cut off than read.
 
     Cost: a forward pass over the corpus and ``6 d_model d_vocab`` operations per position and
-    layer.
+    layer; once per model ``2 d_mlp d_model d_vocab`` per layer for what values promote.
     """
     view = as_view(model)
     stack = view.base_stack(None)
@@ -110,8 +111,10 @@ def composition(
                 where = documents.counted if pos == "all" else _draw(documents, seed)
                 trace = fresh_trace(view, documents.batch, stack, blocks, names, LayerReadout.NEEDS)
                 readout = LayerReadout.of(view, trace, how, rule, where)
-                rows = [readout.read(block, trace).sums(readout.final).cpu() for block in blocks]
-                sums += torch.stack(rows)
+                for row, block in zip(sums, blocks, strict=True):
+                    one = readout.read(block, trace)
+                    agreeing = readout.agreeing(one, promoted(view, block, how[1]))
+                    row += one.sums(readout.final, agreeing).cpu()
                 examples += int(where.sum())
                 bar.update(int(documents.batch.main.mask.sum()))
             expect(bar, read, whole)

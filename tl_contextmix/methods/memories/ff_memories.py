@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs, word_table
 from tl_contextmix.adapters.passes import Pass, run_pass
+from tl_contextmix.adapters.questions import Pos, predicting_rows
 from tl_contextmix.core.blocks import FeedForward
-from tl_contextmix.core.validation import Layers
+from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.memory_coefficients import (
     CASES,
     QUADRANTS,
@@ -21,7 +23,6 @@ from tl_contextmix.engine.memory_coefficients import (
     LayerReadout,
     active_rule,
     experts_of,
-    promoted,
     quadrants,
     readings,
     require_as_many,
@@ -29,8 +30,10 @@ from tl_contextmix.engine.memory_coefficients import (
     require_predicting,
     values,
 )
+from tl_contextmix.engine.promoted_tokens import promoted, promoted_at
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import Memories
+from tl_contextmix.results.active_memories import longest
 
 StateProjection = Literal["model", "frozen", "none"]
 
@@ -43,6 +46,8 @@ def ff_memories(
     layer: Layers | None = None,
     active: Active | None = None,
     projection: StateProjection = "model",
+    pos: Pos = -1,
+    k: Positive | None = 10,
     **inputs: Unpack[Inputs],
 ) -> Memories:
     r"""Returns the coefficients of all memories, and how they make up each layer's output.
@@ -73,6 +78,10 @@ def ff_memories(
             without biases: logits are linear and there is no conflict. ``"none"``: W_U alone.
             Values are read by W_U with the norm's gain folded in (W_U alone with ``"none"``, the
             whole head of a masked LM).
+        pos: Position, several, or ``"all"``, at which it is read what memories promote, for
+            `Memories.top`; negative ones count from the last real token.
+        k: Of how many memories of each layer, those that add the longest vectors there. None: of
+            all memories of the model, once (minutes where it is large).
         **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
@@ -83,8 +92,9 @@ def ff_memories(
         InvalidInput: If an argument does not fit the model.
         UnsupportedModel: If the model has no trained vocabulary readout.
 
-    Cost: a forward pass, ``6 n d_model d_vocab`` operations per layer and ``n d_mlp`` look-ups;
-    once per model ``2 d_mlp d_model d_vocab`` per layer for what values promote.
+    Cost: a forward pass and, per layer, ``6 n d_model d_vocab`` operations, ``2 k d_model d_vocab``
+    for each named position, and for agreement ``2 n d_mlp d_model`` and then of most values a few
+    hundred logits. ``k=None``: once per model ``2 d_mlp d_model d_vocab`` per layer instead.
     """
     view = as_view(model)
     stack = view.base_stack(None)
@@ -107,9 +117,25 @@ def ff_memories(
             readout.read(block, forward_pass.trace)
             for block in forward_pass.progress("ff_memories")
         ]
-        tables = torch.stack([promoted(view, block, how[1]) for block in forward_pass.blocks])
-        signs = [_quadrants(ff, forward_pass) for ff in ffs]
         norms = torch.stack([values(ff).norm(dim=-1) for ff in ffs])
+        places = _places(forward_pass, pos)
+        named = torch.stack(
+            [
+                _named(one.coefficients[places], norm, k or 1)
+                for one, norm in zip(found, norms, strict=True)
+            ]
+        )
+        if k is None or named.shape[1] >= ffs[0].width:
+            tables = torch.stack([promoted(view, block, how[1]) for block in forward_pass.blocks])
+        else:
+            tables = promoted_at(readout, forward_pass.blocks, found, named)
+        agreeing = [readout.agreeing(*both) for both in zip(found, tables, strict=True)]
+        if k is not None:
+            # A table that was made for another call has more than that.
+            known = tables.flatten(1).gather(1, named)
+            tables = torch.full_like(tables, -1).flatten(1).scatter(1, named, known)
+            tables = tables.view(*norms.shape, 2)
+        signs = [_quadrants(ff, forward_pass) for ff in ffs]
 
     def placed(numbers: Tensor) -> Tensor:
         whole = numbers.new_zeros(*forward_pass.target.mask.shape, *numbers.shape[1:])
@@ -120,6 +146,7 @@ def ff_memories(
         name: torch.stack([placed(getattr(one, name)) for one in found], dim=1)
         for name in LayerComposition.__dataclass_fields__
     }
+    columns["agreeing"] = torch.stack([*map(placed, agreeing)], dim=1)
     final = placed(readout.final)
     tops = [columns[name] for name in ("residual_top", "ffn_top", "output_top")]
     return Memories(
@@ -131,12 +158,26 @@ def ff_memories(
         layers=forward_pass.layers,
         cases=CASES,
         tokens=forward_pass.target,
-        words=word_table(forward_pass.view, *tops, final, tables),
+        words=word_table(forward_pass.view, *tops, final, tables[tables >= 0]),
         provenance=forward_pass.provenance(
-            "ff_memories", {"active": rule, "projection": projection}
+            "ff_memories", {"active": rule, "projection": projection, "pos": pos, "k": k}
         ),
         expert=_experts(ffs),
     )
+
+
+def _places(forward_pass: Pass, pos: Pos) -> list[int]:
+    """Returns positions by their number among those that are read."""
+    stack, mask = forward_pass.view.base_stack(None), forward_pass.target.mask
+    rows = predicting_rows(forward_pass.view, forward_pass.batch, stack, pos)
+    numbers = mask.flatten().cumsum(0).view_as(mask) - 1
+    return [int(numbers[row, place]) for row, places in enumerate(rows) for place in places]
+
+
+def _named(coefficients: Tensor, norm: Tensor, k: int) -> Int[Tensor, " some"]:
+    """Returns the memories that add the longest vectors, as numbers of [neuron side]."""
+    neurons = longest(coefficients, norm, k)
+    return (2 * neurons + (coefficients.gather(1, neurons) < 0)).flatten()
 
 
 def _experts(ffs: list[FeedForward]) -> Tensor | None:

@@ -1,0 +1,167 @@
+r"""Which tokens values promote: those of a whole layer, or of the memories that matter to a text.
+
+What a value promotes takes a product with W_U, :math:`2 d V`; all values of a model take a hundred
+passes over a text and more. Which memories promote the token that their layer's output promotes
+takes a fraction of one: few tokens are such, so that nearly every value has a higher logit at some
+other one of the first thousand. Only those that have not are read on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from tl_contextmix.core.blocks import Block
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.readout import TILE_BYTES, Unembedding
+from tl_contextmix.core.token_sums import blocks as stretches
+from tl_contextmix.engine.memory_coefficients import (
+    LayerComposition,
+    LayerReadout,
+    require_feed_forward,
+    values,
+)
+
+# Values read at once: a second or so of a processor's time.
+_TOGETHER = 512
+# Tokens that values are compared at before the first of them are left out.
+_FIRST = 64
+# Columns of W_U whose lengths are computed at once.
+_COLUMNS = 4096
+# Bytes of values that are compared together.
+_HELD = 2**28
+
+
+def promoted(view: ModelView, block: Block, reader: Unembedding) -> Int[Tensor, "neuron side"]:
+    """Returns the token each value promotes most, and the one it promotes times -1.
+
+    Computed once for each model: it depends on weights alone. Large layers take minutes, with a
+    progress bar.
+    """
+    key = _key(block, reader)
+    if key not in view.tables:
+        parts = _values(block).split(_TOGETHER)
+        what = f"what values of layer {block.layer} promote"
+        bar = tqdm(parts, desc=what, unit="part", delay=2, leave=False, disable=None)
+        view.tables[key] = torch.cat([_promoted(part, reader) for part in bar])
+    return view.tables[key]
+
+
+def _key(block: Block, reader: Unembedding) -> str:
+    return f"promoted, {reader.projection}, layer {block.layer}"
+
+
+def _promoted(vectors: Tensor, reader: Unembedding) -> Int[Tensor, "neuron side"]:
+    if reader.linear:
+        return reader.scan(reader.hidden(vectors)).ids[:, :, 0]
+    sides = [
+        reader.scan(reader.hidden(vectors * sign), sides=1).ids[:, :, 0] for sign in (1, -1)
+    ]
+    return torch.cat(sides, dim=1)
+
+
+def promoted_at(
+    readout: LayerReadout,
+    blocks: Sequence[Block],
+    found: Sequence[LayerComposition],
+    named: Int[Tensor, "layer some"],
+) -> Int[Tensor, "layer neuron side"]:
+    """Returns what values promote, of those that matter to a text at least; -1 of others.
+
+    These are the memories that agree with the output of their layer, and those that are named.
+
+    Args:
+        readout: How layers are read.
+        blocks: The layers.
+        found: How the memories of each make up its output.
+        named: Which values of each are read whatever they promote: numbers of [neuron side].
+    """
+    reader, width = readout.table, found[0].coefficients.shape[1]
+    tables = [readout.view.tables.get(_key(block, reader)) for block in blocks]
+    known = [table for table in tables if table is not None]
+    if len(known) == len(tables):
+        return torch.stack(known)
+    numbers = [some + layer * 2 * width for layer, some in enumerate(named)]
+    vectors = [
+        reader.hidden(_values(block)[some // 2] * (1 - some % 2 * 2)[:, None])
+        for block, some in zip(blocks, named, strict=True)
+    ]
+    sizes, d_model = _sizes(reader), reader.W_U.shape[0]
+    together = max(1, _HELD // (2 * width * d_model * vectors[0].element_size()))
+    for part in stretches(len(blocks), together):
+        which, some = _agreeing(readout, blocks[part], found[part], sizes)
+        numbers.append(which + part.start * 2 * width)
+        vectors.append(some)
+    # Read as whole layers are, which breaks ties in the same way.
+    tokens = reader.scan(torch.cat(vectors), sides=1).ids[:, 0, 0]
+    result = tokens.new_full((len(blocks) * width * 2,), -1)
+    result[torch.cat(numbers)] = tokens
+    return result.view(len(blocks), width, 2)
+
+
+def _agreeing(
+    readout: LayerReadout,
+    blocks: Sequence[Block],
+    found: Sequence[LayerComposition],
+    sizes: tuple[Tensor, Tensor],
+) -> tuple[Int[Tensor, " row"], Float[Tensor, "row d_model"]]:
+    """Returns the active memories that may promote the top token of their layer's output.
+
+    Their logit of it is the highest of all tokens, as far as rounding lets one see.
+
+    Returns:
+        Numbers of [layer neuron side], and what W_U multiplies.
+    """
+    reader, rows = readout.table, list[tuple[Tensor, Tensor, Tensor]]()
+    for block, one in zip(blocks, found, strict=True):
+        vectors, columns = _values(block), reader.W_U[:, one.ffn_top]
+        for sign, active in zip((1, -1), readout.firing(one), strict=False):
+            for part in stretches(len(vectors), _TOGETHER):
+                hidden = reader.hidden(vectors[part] * sign)
+                logits = reader.finish(hidden @ columns, one.ffn_top)
+                best, room = logits.amax(1), _rounding(hidden, sizes)
+                alike = logits >= (best - room)[:, None]
+                rows.append(((alike & active[:, part].T).any(1), best + room, hidden))
+    wanted, limits, hidden = map(torch.cat, zip(*rows, strict=True))
+    left, start, asked = _where(wanted, 0.5), 0, len(found[0].ffn_top)
+    limits, hidden = limits[left], hidden[left]
+    while start < reader.W_U.shape[1] and len(left):
+        room = TILE_BYTES // (4 * hidden.element_size() * len(left))
+        columns = slice(start, start + max(1, min(max(start // 2, _FIRST), room)))
+        logits = reader.finish(hidden @ reader.W_U[:, columns], columns)
+        stay = _where(logits.amax(1) <= limits, (asked + start) / (asked + columns.stop))
+        left, limits, hidden, start = left[stay], limits[stay], hidden[stay], columns.stop
+    sides, width = len(readout.firing(found[0])), found[0].coefficients.shape[1]
+    layer, side, neuron = (
+        left.div(sides * width, rounding_mode="floor"),
+        left.div(width, rounding_mode="floor") % sides,
+        left % width,
+    )
+    return (layer * width + neuron) * 2 + side, hidden
+
+
+def _where(mask: Tensor, share: float) -> Int[Tensor, " some"]:
+    """Returns where a mask is true, and on shapes alone how often it is in a random model."""
+    return torch.arange(round(share * len(mask))) if mask.is_meta else mask.nonzero()[:, 0]
+
+
+def _values(block: Block) -> Float[Tensor, "neuron d_model"]:
+    return values(require_feed_forward(block))
+
+
+def _sizes(reader: Unembedding) -> tuple[Tensor, Tensor]:
+    """Returns the length of the longest column of W_U, and the largest number of b_U."""
+    W_U, b_U = reader.W_U, reader.b_U
+    each = [W_U[:, part].norm(dim=0).amax() for part in stretches(W_U.shape[1], _COLUMNS)]
+    return torch.stack(each).amax(), W_U.new_zeros(()) if b_U is None else b_U.abs().amax()
+
+
+def _rounding(hidden: Tensor, sizes: tuple[Tensor, Tensor]) -> Float[Tensor, " vector"]:
+    """Returns how far apart two differences of logits may be that are computed in two ways."""
+    longest, bias = sizes
+    most = hidden.norm(dim=1) * longest + bias
+    return 2 * hidden.shape[1] * torch.finfo(hidden.dtype).eps * most
