@@ -20,13 +20,9 @@ from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_ite
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
-from tl_contextmix.methods.decoder_lens import (
-    Lens,
-    Listening,
-    read_references,
-    read_source,
-    read_tokens,
-)
+from tl_contextmix.methods.decoder_lens.answers import Lens
+from tl_contextmix.methods.decoder_lens.layerwise_decoder import Listening
+from tl_contextmix.methods.decoder_lens.references import read_references, read_source, read_tokens
 from tl_contextmix.results import (
     LIKELIHOOD_METRICS,
     LayerCurves,
