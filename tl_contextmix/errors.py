@@ -64,6 +64,11 @@ def bad(failed: str, seen: object, expected: str, remedy: str) -> InvalidInput:
     return InvalidInput(four_parts(failed, seen, expected, remedy))
 
 
+def unsupported(failed: str, seen: object, expected: str, remedy: str) -> UnsupportedModel:
+    """Returns the error of a model whose numbers would be wrong, from its four parts."""
+    return UnsupportedModel(four_parts(failed, seen, expected, remedy))
+
+
 def did_you_mean(name: object, known: Sequence[Any]) -> str:
     """Returns the question whether a near match was meant, or nothing where there is none."""
     texts = [one for one in known if isinstance(one, str)]

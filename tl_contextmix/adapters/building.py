@@ -67,7 +67,7 @@ from tl_contextmix.core.activations import Activation
 from tl_contextmix.core.blocks import FOLD_BYTES, Block
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
-from tl_contextmix.errors import ContextMixError, UnsupportedModel, four_parts, reason
+from tl_contextmix.errors import ContextMixError, UnsupportedModel, four_parts, reason, unsupported
 
 # What a host raises that is asked for what a model does not have, or that cannot run it.
 _FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -133,7 +133,7 @@ def _unreadable(facts: Facts) -> Iterator[None]:
                 "Mend its forward pass, or load it anew; models of images and sound are not "
                 "supported.",
             )
-        raise UnsupportedModel(four_parts(what[0], reason(error), *what[1:])) from error
+        raise unsupported(what[0], reason(error), *what[1:]) from error
 
 
 def _in_reading(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ import torch
 
 from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.tokenizers import in_frame, piece_of, require_tokenizer, target_mode
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
+from tl_contextmix.errors import bad, four_parts, unsupported, warn
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,11 @@ def _one(name: str, given: Any) -> int:
     """Returns a token id of the settings, which may hold one for each row of a batch."""
     listed = {int(token) for token in given} if isinstance(given, Iterable) else {int(given)}
     if len(listed) != 1:
-        raise UnsupportedModel(
-            four_parts(
-                "the decoder's prompt is not the same for every text",
-                f"{name}={given!r}",
-                "one token",
-                "Set one in model.generation_config, or give ids as decoder_input.",
-            )
+        raise unsupported(
+            "the decoder's prompt is not the same for every text",
+            f"{name}={given!r}",
+            "one token",
+            "Set one in model.generation_config, or give ids as decoder_input.",
         )
     return listed.pop()
 

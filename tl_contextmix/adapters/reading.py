@@ -40,7 +40,7 @@ from tl_contextmix.core.blocks import (
 )
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import four_parts, unsupported
 
 # How each class names its lists of blocks, and the stack they are to us.
 _STACKS = {
@@ -67,13 +67,11 @@ def block_lists(model: nn.Module, encoder_only: bool) -> dict[str, tuple[str, nn
         if isinstance(module := model._modules.get(name), nn.ModuleList)
     }
     if not found:
-        raise UnsupportedModel(
-            four_parts(
-                "no transformer blocks can be found",
-                f"a {type(model).__name__} with {sorted(model._modules)}",
-                "a TransformerLens language model with its blocks in one or two lists",
-                "Vision, audio and state-space models are not supported.",
-            )
+        raise unsupported(
+            "no transformer blocks can be found",
+            f"a {type(model).__name__} with {sorted(model._modules)}",
+            "a TransformerLens language model with its blocks in one or two lists",
+            "Vision, audio and state-space models are not supported.",
         )
     return dict(sorted(found.items(), reverse=True))
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import unsupported
 
 MIXERS = ("linear_attn", "mamba", "conv", "mixer")
 """What hybrids have beside attention, or in its place, as bridges name it."""
@@ -163,13 +163,11 @@ def require_no_images(model: Any) -> None:
         UnsupportedModel: If it does.
     """
     if getattr(model, "main_input_name", None) == "pixel_values":
-        raise UnsupportedModel(
-            four_parts(
-                "models of images are not supported: their positions are no tokens of a text",
-                f"a {type(model).__name__}, which reads images (pixel_values)",
-                "a model of text or sound",
-                "Models of images and text (LLaVA, Gemma 3) are asked about text.",
-            )
+        raise unsupported(
+            "models of images are not supported: their positions are no tokens of a text",
+            f"a {type(model).__name__}, which reads images (pixel_values)",
+            "a model of text or sound",
+            "Models of images and text (LLaVA, Gemma 3) are asked about text.",
         )
 
 
@@ -184,14 +182,12 @@ def recognise(model: Any) -> Facts:
     known = isinstance(model, nn.Module) and next(model.parameters(), None) is not None
     if not known or host is None:
         require_no_images(model)
-        raise UnsupportedModel(
-            four_parts(
-                "not a TransformerLens model with weights",
-                f"a {type(model).__module__}.{type(model).__name__}",
-                "a HookedTransformer, HookedEncoder, HookedEncoderDecoder or TransformerBridge",
-                "Use tl_contextmix.load_model(name), or wrap a Hugging Face model in a "
-                "TransformerBridge.",
-            )
+        raise unsupported(
+            "not a TransformerLens model with weights",
+            f"a {type(model).__module__}.{type(model).__name__}",
+            "a HookedTransformer, HookedEncoder, HookedEncoderDecoder or TransformerBridge",
+            "Use tl_contextmix.load_model(name), or wrap a Hugging Face model in a "
+            "TransformerBridge.",
         )
     cfg = model.cfg
     architecture = getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", "")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tl_contextmix.adapters.recognition import Facts, every_module
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, four_parts, unsupported
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,11 @@ class Refusal:
 
     def error(self, seen: str) -> UnsupportedModel:
         """Returns the error, given what was found."""
-        return UnsupportedModel(
-            four_parts(
-                f"{self.name} is not supported: {self.reason}",
-                seen,
-                "blocks of attention and a feed-forward layer",
-                self.remedy,
-            )
+        return unsupported(
+            f"{self.name} is not supported: {self.reason}",
+            seen,
+            "blocks of attention and a feed-forward layer",
+            self.remedy,
         )
 
 

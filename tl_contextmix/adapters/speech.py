@@ -31,7 +31,7 @@ from tl_contextmix.adapters.verification import (
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Weights
 from tl_contextmix.core.model_view import ModelView, Readout
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import bad, four_parts, unsupported
 
 _FAMILIES = ("whisper", "wav2vec2", "hubert")
 # How the modules of a block are called, Whisper's and those of wav2vec2 and HuBERT: attention with
@@ -145,13 +145,11 @@ def _block(
     paths = {path for path, _ in module.named_modules()}
     pair = next((pair for pair in _NEURONS if paths.issuperset(pair)), None)
     if pair is None:
-        raise UnsupportedModel(
-            four_parts(
-                "the blocks of this model of sound cannot be read",
-                f"a {type(module).__name__}",
-                "attention and two linear layers, as in Whisper, wav2vec2 and HuBERT",
-                "Use one of these.",
-            )
+        raise unsupported(
+            "the blocks of this model of sound cannot be read",
+            f"a {type(module).__name__}",
+            "attention and two linear layers, as in Whisper, wav2vec2 and HuBERT",
+            "Use one of these.",
         )
     return Block(
         layer=layer,

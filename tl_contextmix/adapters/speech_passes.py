@@ -17,7 +17,7 @@ from tl_contextmix.adapters.running import (
 from tl_contextmix.adapters.unbridged import Place, keeping
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import Hooks, PassOutput
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, unsupported
 
 _PROBE_SAMPLES = 6400
 
@@ -127,11 +127,9 @@ def _require_plain(model: Any, batch: Batch, d_vocab: int, grad: bool) -> None:
 
 def refused(what: str, verb: str) -> UnsupportedModel:
     """Returns the refusal of what a model of sound does not answer."""
-    return UnsupportedModel(
-        four_parts(
-            f"{what} cannot be {verb}",
-            "a model of sound",
-            "a model of text",
-            "Value Zeroing, norms, attention, decompositions and memories are answered.",
-        )
+    return unsupported(
+        f"{what} cannot be {verb}",
+        "a model of sound",
+        "a model of text",
+        "Value Zeroing, norms, attention, decompositions and memories are answered.",
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_contextmix.adapters.recognition import Facts
 from tl_contextmix.core.blocks import AttentionSublayer, Block
 from tl_contextmix.core.model_view import ModelView, Notice
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
+from tl_contextmix.errors import bad, four_parts, unsupported, warn
 
 # A model's parameters by name: collecting them takes longer than reading them.
 Weights = Mapping[str, Tensor]
@@ -198,13 +198,11 @@ def require_present(weights: Weights) -> None:
     """
     absent = next((name for name, weight in weights.items() if weight.is_meta), None)
     if absent is not None:
-        raise UnsupportedModel(
-            four_parts(
-                "cannot read a model with offloaded weights",
-                f"no data in {absent}: offloaded, or never loaded",
-                "weights in memory, on one device or several",
-                "Load it without offloading to CPU or disk in the device map.",
-            )
+        raise unsupported(
+            "cannot read a model with offloaded weights",
+            f"no data in {absent}: offloaded, or never loaded",
+            "weights in memory, on one device or several",
+            "Load it without offloading to CPU or disk in the device map.",
         )
 
 

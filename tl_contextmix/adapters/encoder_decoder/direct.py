@@ -34,7 +34,7 @@ from tl_contextmix.adapters.unbridged import Place, Unbridged, keeping
 from tl_contextmix.adapters.verification import relative_error, tolerance_of
 from tl_contextmix.core.blocks import Batch, Block, Side
 from tl_contextmix.core.model_view import Hooks, ModelView, PassOutput, Readout
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import four_parts, unsupported
 
 # How encoders call their blocks, and the norm behind the last one.
 _BLOCKS = ("block", "layers")
@@ -253,13 +253,11 @@ def _probed(model: Any, found: EncoderDecoder) -> tuple[nn.Module | None, bool]:
             error = max(error, relative_error(both_logits[stepwise][part], alone))
     if error <= view.tolerance and not _drops(model):
         return norm, stepwise
-    raise UnsupportedModel(
-        four_parts(
-            f"cannot run the decoder of a {view.host} on a layer of its encoder",
-            _drops(model) or f"a relative error of {error:.2g} against the model itself",
-            "a decoder that reads the last block's output, normed or not, row by row",
-            "Use another model.",
-        )
+    raise unsupported(
+        f"cannot run the decoder of a {view.host} on a layer of its encoder",
+        _drops(model) or f"a relative error of {error:.2g} against the model itself",
+        "a decoder that reads the last block's output, normed or not, row by row",
+        "Use another model.",
     )
 
 

@@ -28,7 +28,7 @@ from tl_contextmix.adapters.tokenizers import Labels, name_tokens, text_of
 from tl_contextmix.adapters.verification import relative_error
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, four_parts, unsupported
 
 _PROBE = 4
 
@@ -92,13 +92,11 @@ def from_view(model: Any, view: ModelView, language: str | None = None) -> Encod
         UnsupportedModel: If it has one stack, or a decoder that cannot run alone.
     """
     if len(view.stacks) != 2:
-        raise UnsupportedModel(
-            four_parts(
-                "DecoderLens needs an encoder-decoder",
-                f"{view.name} ({view.host}), which has only the stack {', '.join(view.stacks)}",
-                "an encoder-decoder such as T5, BART or Marian",
-                "For the layers of a decoder, use the logit lens.",
-            )
+        raise unsupported(
+            "DecoderLens needs an encoder-decoder",
+            f"{view.name} ({view.host}), which has only the stack {', '.join(view.stacks)}",
+            "an encoder-decoder such as T5, BART or Marian",
+            "For the layers of a decoder, use the logit lens.",
         )
     tokenizer = getattr(model, "tokenizer", None)
     original = getattr(model, "original_model", None)
@@ -205,13 +203,11 @@ def _require_no_decoder_hooks(view: ModelView, hooked: Sequence[str]) -> None:
     # The embedding is shared with the decoder.
     places = [one for one in hooked if not one.startswith("encoder") and one != "hook_embed"]
     if places:
-        raise UnsupportedModel(
-            four_parts(
-                f"hooks on the decoder of {view.host} have no effect while it decodes",
-                ", ".join(places[:3]),
-                "hooks on the encoder only",
-                "Remove them, or use a TransformerBridge, whose hooks run at every step.",
-            )
+        raise unsupported(
+            f"hooks on the decoder of {view.host} have no effect while it decodes",
+            ", ".join(places[:3]),
+            "hooks on the encoder only",
+            "Remove them, or use a TransformerBridge, whose hooks run at every step.",
         )
 
 
@@ -271,13 +267,11 @@ def require_no_hooks_on(outer: Sequence[nn.Module]) -> None:
     """
     hooked = [type(module).__name__ for module in outer if is_hooked(module)]
     if hooked:
-        raise UnsupportedModel(
-            four_parts(
-                "hooks on the whole model or its whole encoder have no effect",
-                ", ".join(hooked),
-                "hooks inside the encoder: on its blocks or its final norm",
-                "Move them to the last block or the final norm.",
-            )
+        raise unsupported(
+            "hooks on the whole model or its whole encoder have no effect",
+            ", ".join(hooked),
+            "hooks inside the encoder: on its blocks or its final norm",
+            "Move them to the last block or the final norm.",
         )
 
 

@@ -12,7 +12,7 @@ from tl_contextmix.adapters.loading.architectures import read_as
 from tl_contextmix.adapters.loading.classifiers import OF_TEXTS, OF_TOKENS, on_every_token
 from tl_contextmix.adapters.loading.source import Placement, Source, load_tokenizer
 from tl_contextmix.adapters.recognition import host_version
-from tl_contextmix.errors import UnsupportedModel, four_parts, reason
+from tl_contextmix.errors import reason, unsupported
 
 # What TransformerLens raises for what it does not know, or without a library that it asks for.
 _FAILURES = (
@@ -63,13 +63,11 @@ def load_bridge(source: Source, placement: Placement) -> Any:
         remedy = "Use another version of TransformerLens or its Hooked classes, or another model."
         if isinstance(e, ImportError):
             expected, remedy = "the libraries that its bridge needs", "Install what it names."
-        raise UnsupportedModel(
-            four_parts(
-                f"cannot load {source.label!r} on TransformerBridge",
-                _seen(architecture, e),
-                expected,
-                remedy,
-            )
+        raise unsupported(
+            f"cannot load {source.label!r} on TransformerBridge",
+            _seen(architecture, e),
+            expected,
+            remedy,
         ) from e
     bridge.cfg.model_name = source.label
     if architecture.startswith("Switch"):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import unsupported
 
 OF_TEXTS, OF_TOKENS = "ForSequenceClassification", "ForTokenClassification"
 ENCODERS = (
@@ -76,14 +76,12 @@ def on_every_token(hf_model: Any) -> Any:
         errors.append(_error(logits if each else logits[:, 0], expected))
         if errors[-1] <= _TOLERANCE.get(expected.dtype, 2e-2):
             return result
-    raise UnsupportedModel(
-        four_parts(
-            f"the answer of {type(hf_model).__name__} is not its head's on the first token",
-            f"a relative error of {min(errors):.2g}"
-            + _setting(hf_model.config, "classifier_pooling", ", classifier_pooling="),
-            "a head of one or two layers on the first token",
-            "Ask about the same encoder with a masked-LM head, or with a head on the first token.",
-        )
+    raise unsupported(
+        f"the answer of {type(hf_model).__name__} is not its head's on the first token",
+        f"a relative error of {min(errors):.2g}"
+        + _setting(hf_model.config, "classifier_pooling", ", classifier_pooling="),
+        "a head of one or two layers on the first token",
+        "Ask about the same encoder with a masked-LM head, or with a head on the first token.",
     )
 
 
@@ -105,13 +103,11 @@ def _require_classes(hf_model: Any) -> None:
     several = config.problem_type == "multi_label_classification"
     if config.num_labels > 1 and not several and config.problem_type != "regression":
         return
-    raise UnsupportedModel(
-        four_parts(
-            f"what {type(hf_model).__name__} answers is not one class of several",
-            f"num_labels={config.num_labels}{_setting(config, 'problem_type', ', problem_type=')}",
-            "two classes or more, of which one is right",
-            "Its probabilities would not be a softmax: ask about the encoder itself.",
-        )
+    raise unsupported(
+        f"what {type(hf_model).__name__} answers is not one class of several",
+        f"num_labels={config.num_labels}{_setting(config, 'problem_type', ', problem_type=')}",
+        "two classes or more, of which one is right",
+        "Its probabilities would not be a softmax: ask about the encoder itself.",
     )
 
 

@@ -20,7 +20,7 @@ from tl_contextmix.adapters.loading.source import (
     load_tokenizer,
     official_name,
 )
-from tl_contextmix.errors import UnsupportedModel, four_parts, reason
+from tl_contextmix.errors import reason, unsupported
 
 _PARITY_TOLERANCE = 1e-3
 """Largest allowed difference in log-probability from the source, in float32. Correct conversions
@@ -42,13 +42,11 @@ def load_hooked(source: Source, placement: Placement) -> Any:
         model = _convert(source, hf_model, placement)
         _require_parity(source, hf_model, model)
     except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError) as error:
-        raise UnsupportedModel(
-            four_parts(
-                f"cannot convert {source.label!r} for {_hooked_class(source.kind).__name__}",
-                reason(error),
-                "a model that TransformerLens converts correctly",
-                "Pass host='bridge' under TransformerLens 3, or use TransformerLens 4.",
-            )
+        raise unsupported(
+            f"cannot convert {source.label!r} for {_hooked_class(source.kind).__name__}",
+            reason(error),
+            "a model that TransformerLens converts correctly",
+            "Pass host='bridge' under TransformerLens 3, or use TransformerLens 4.",
         ) from error
     return model
 

@@ -14,7 +14,7 @@ from tl_contextmix.adapters.loading.classifiers import classifies
 from tl_contextmix.adapters.recognition import major, require_no_images
 from tl_contextmix.adapters.refusals import QUANTIZED, quantized_in
 from tl_contextmix.demo_models import DEMO_NAMES
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import InvalidInput, bad, unsupported
 
 HostClass = Literal["hooked", "bridge"]
 Kind = Literal["causal", "masked", "encoder-decoder"]
@@ -135,13 +135,11 @@ def held_source(model: Any, tokenizer: Any) -> Source:
     kind = _held_kind(model)
     if kind is None:
         require_no_images(model)
-        raise UnsupportedModel(
-            four_parts(
-                "cannot load this object as a model",
-                f"a {type(model).__module__}.{type(model).__name__}",
-                "a Hugging Face model with a language-modelling head, or the name or folder of one",
-                "Models of TransformerLens need no loading: pass them to the methods.",
-            )
+        raise unsupported(
+            "cannot load this object as a model",
+            f"a {type(model).__module__}.{type(model).__name__}",
+            "a Hugging Face model with a language-modelling head, or the name or folder of one",
+            "Models of TransformerLens need no loading: pass them to the methods.",
         )
     packed = quantized_in(model)
     if packed:
@@ -202,13 +200,11 @@ def _kind(config: Any, label: str) -> Kind:
     for kind in kinds:
         if config.model_type in heads[kind]:
             return kind
-    raise UnsupportedModel(
-        four_parts(
-            f"cannot load {label!r}",
-            f"the architecture {architecture or config.model_type!r}",
-            "a causal language model, a masked language model or an encoder-decoder",
-            "If it is one of these, load it with TransformerLens and pass the object.",
-        )
+    raise unsupported(
+        f"cannot load {label!r}",
+        f"the architecture {architecture or config.model_type!r}",
+        "a causal language model, a masked language model or an encoder-decoder",
+        "If it is one of these, load it with TransformerLens and pass the object.",
     )
 
 
@@ -229,14 +225,12 @@ def choose_host(source: Source, host: HostClass | None) -> HostClass:
         if not reasons[candidate]:
             return candidate
     other = [candidate for candidate, reason in reasons.items() if not reason]
-    raise UnsupportedModel(
-        four_parts(
-            f"cannot load {source.label!r}",
-            f"a {source.config.model_type} model, but "
-            + " and ".join(reasons[candidate] for candidate in candidates),
-            "a TransformerLens class that runs it correctly",
-            f"Pass host={other[0]!r}." if other else "Install TransformerLens 3 or later.",
-        )
+    raise unsupported(
+        f"cannot load {source.label!r}",
+        f"a {source.config.model_type} model, but "
+        + " and ".join(reasons[candidate] for candidate in candidates),
+        "a TransformerLens class that runs it correctly",
+        f"Pass host={other[0]!r}." if other else "Install TransformerLens 3 or later.",
     )
 
 

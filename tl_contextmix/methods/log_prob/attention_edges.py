@@ -22,7 +22,7 @@ from tl_contextmix.core.score_forms import fit_turns
 from tl_contextmix.core.token_sums import FrozenNorm
 from tl_contextmix.engine.attention_scores import Edge, Ruler, Side, measure
 from tl_contextmix.engine.log_prob_scores import By, split_stream
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts, seen
+from tl_contextmix.errors import bad, seen, unsupported
 from tl_contextmix.results import ScoreContributions
 from tl_contextmix.results.components import Components, Grid, join, of_encoder
 
@@ -273,13 +273,11 @@ def _stages(
                 break
     if len(found) == len(both):
         return query, key, (found[0], found[1])
-    raise UnsupportedModel(
-        four_parts(
-            "queries and keys of this head are not read correctly",
-            f"{attention.query} or {attention.key}, which are not the stream times W_Q or W_K",
-            "linear maps of the normed stream, with or without a norm of their own",
-            "Take off hooks that edit queries or keys, if there are any.",
-        )
+    raise unsupported(
+        "queries and keys of this head are not read correctly",
+        f"{attention.query} or {attention.key}, which are not the stream times W_Q or W_K",
+        "linear maps of the normed stream, with or without a norm of their own",
+        "Take off hooks that edit queries or keys, if there are any.",
     )
 
 
@@ -290,11 +288,9 @@ def _require_sum(
     error = abs(float(pairs.sum()) + position - score)
     error /= max(abs(score), float(pairs.abs().max()), 1e-30)
     if not error <= view.tolerance:
-        raise UnsupportedModel(
-            four_parts(
-                "the parts of this score do not add up",
-                f"a relative error of {error:.2g}, {attention.pattern}",
-                f"at most {view.tolerance:.0e}",
-                "Take off hooks of your own that edit queries, keys or scores.",
-            )
+        raise unsupported(
+            "the parts of this score do not add up",
+            f"a relative error of {error:.2g}, {attention.pattern}",
+            f"at most {view.tolerance:.0e}",
+            "Take off hooks of your own that edit queries, keys or scores.",
         )
