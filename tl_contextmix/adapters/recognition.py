@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -40,6 +42,17 @@ def inner(module: Any) -> Any:
     while isinstance(held := getattr(module, "original_component", None), nn.Module):
         module = held
     return module
+
+
+@contextmanager
+def changed(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """Changes an attribute for a while."""
+    before = getattr(thing, name)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        setattr(thing, name, before)
 
 
 def eps_of(module: Any, default: float) -> float:

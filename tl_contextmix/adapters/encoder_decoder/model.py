@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.decoder_prompt import decoder_prompt, decoder_start
+from tl_contextmix.adapters.decoder_prompt import decoder_prompt
 from tl_contextmix.adapters.encoder_decoder.decoding import MemoryDecoder
 from tl_contextmix.adapters.encoder_decoder.generation_config import (
     end_tokens,
@@ -25,12 +25,10 @@ from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
 from tl_contextmix.adapters.norm_reading import final_norm_modules
 from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
 from tl_contextmix.adapters.tokenizers import Labels, name_tokens, text_of
-from tl_contextmix.adapters.verification import relative_error
+from tl_contextmix.adapters.verification import probe_batch, relative_error
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts, unsupported
-
-_PROBE = 4
 
 
 @dataclass(frozen=True)
@@ -217,16 +215,16 @@ def _make_twin(model: Any, view: ModelView) -> _Twin:
     plain = t5_twin(model) if getattr(model, "original_model", None) is None else bridge_twin(model)
     if plain is None:
         return _Twin(view, None, "")
-    ids = (11 + 7 * torch.arange(_PROBE)[None]) % view.d_vocab
-    side = Side(ids, torch.ones_like(ids, dtype=torch.bool))
-    inputs = torch.tensor([[decoder_start(model), *ids[0, 1:].tolist()]])
-    decoder = Side(inputs, torch.ones_like(inputs, dtype=torch.bool))
+    batch = probe_batch(view)
+    assert batch.decoder is not None
     last = view.stacks["encoder"][-1].resid_out
     norm = _view_norm(model, view)
     with without_hooks(model):
-        trace = view.run(Batch(side, decoder), [last])
+        trace = view.run(batch, [last])
         memory = trace[last] if norm is None else norm(trace[last])
-    logits = _memory_decoder(model, view, plain, alone=True).logits(memory, side.mask, inputs)
+    logits = _memory_decoder(model, view, plain, alone=True).logits(
+        memory, batch.main.mask, batch.decoder.ids
+    )
     assert trace.logits is not None
     error = relative_error(logits, trace.logits.to(logits.dtype))
     # Hugging Face's float64 T5 computes norms in float32: 1e-7 measured, 0.1 if wrong.

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from tl_contextmix.adapters.loading.classifiers import classifies
+from tl_contextmix.adapters.loading.classifiers import OF_TEXTS, OF_TOKENS, classifies
 from tl_contextmix.adapters.recognition import major, require_no_images
 from tl_contextmix.adapters.refusals import QUANTIZED, quantized_in
 from tl_contextmix.demo_models import DEMO_NAMES
@@ -71,6 +71,21 @@ class Source:
         held = self.hf_model
         named = type(held).__name__ if held is not None else (self.config.architectures or [""])[0]
         return major() >= 4 and classifies(named, self.config.model_type)
+
+    @property
+    def auto(self) -> Any:
+        """Hugging Face's class that loads such models."""
+        import transformers
+
+        kinds: dict[str, Any] = {
+            "causal": transformers.AutoModelForCausalLM,
+            "masked": transformers.AutoModelForMaskedLM,
+            "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+            OF_TEXTS: transformers.AutoModelForSequenceClassification,
+            OF_TOKENS: transformers.AutoModelForTokenClassification,
+        }
+        ends = (kind for kind in (OF_TEXTS, OF_TOKENS) if self.architecture.endswith(kind))
+        return kinds[next(ends, self.kind)]
 
 
 @dataclass(frozen=True)
