@@ -30,9 +30,7 @@ def load_bridge(source: Source, placement: Placement) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     causal = source.kind == "causal"
-    tokenizer = source.tokenizer
-    if tokenizer is None and not (causal and source.hosted):
-        tokenizer = load_tokenizer(source)
+    tokenizer: Any = None if causal and source.hosted else load_tokenizer(source)
     architecture = source.architecture
     alias, listed = read_as(architecture)
     hf_model = source.hf_model
