@@ -196,7 +196,7 @@ def _warn_about_missing_head(source: Source) -> None:
     warn(
         four_parts(
             f"logits of {source.label!r} are meaningless",
-            f"a checkpoint of {(source.config.architectures or ['an encoder'])[0]}",
+            f"a checkpoint of {source.written or 'an encoder'}",
             "one with a masked-language-model head",
             "Use only its hidden states: its head is random.",
         )

@@ -8,7 +8,6 @@ model itself says is seen on a few tokens, before anything is asked.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,7 +68,8 @@ def on_every_token(hf_model: Any) -> Any:
     result = _with_head(hf_model)
     each = expected.ndim == 3
     errors = []
-    for activation in _activations(result.head.activation):
+    # What may stand between the layers of a head: its own, or what a function does there.
+    for activation in (result.head.activation, *(kind() for kind in _ACTIVATIONS)):
         result.head.activation = activation
         with torch.no_grad():
             logits = result(ids).logits
@@ -83,13 +83,6 @@ def on_every_token(hf_model: Any) -> Any:
         "a head of one or two layers on the first token",
         "Ask about the same encoder with a masked-LM head, or with a head on the first token.",
     )
-
-
-def _activations(own: Any) -> Iterator[Any]:
-    """Yields what may stand between the layers of a head: its own, where it has a module of it."""
-    if isinstance(own, nn.Module):
-        yield own
-    yield from (kind() for kind in _ACTIVATIONS)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -48,28 +48,25 @@ class Source:
         """Hugging Face's class that the model is loaded with."""
         if self.hf_model is not None:
             return type(self.hf_model).__name__
-        named = (self.config.architectures or [""])[0]
-        if named and not self.headless:
-            return named
-        return str(_heads()[self.kind].get(self.config.model_type, named))
+        if self.written and not self.headless:
+            return self.written
+        return str(_heads()[self.kind].get(self.config.model_type, self.written))
+
+    @property
+    def written(self) -> str:
+        """The class that a checkpoint was written with, or an empty string."""
+        return (self.config.architectures or [""])[0]
 
     @property
     def headless(self) -> bool:
         """Whether the checkpoint holds an encoder without its prediction head (BertModel)."""
-        architecture = (self.config.architectures or [""])[0]
-        held = self.hf_model is not None
-        return (
-            not held
-            and self.kind == "masked"
-            and not self.classifier
-            and not architecture.endswith(("ForMaskedLM", "ForPreTraining"))
-        )
+        encoder = self.hf_model is None and self.kind == "masked" and not self.classifier
+        return encoder and not self.written.endswith(("ForMaskedLM", "ForPreTraining"))
 
     @property
     def classifier(self) -> bool:
         """Whether it is a classifier that is read with its head: on TransformerLens 4."""
-        held = self.hf_model
-        named = type(held).__name__ if held is not None else (self.config.architectures or [""])[0]
+        named = self.written if self.hf_model is None else type(self.hf_model).__name__
         return major() >= 4 and classifies(named, self.config.model_type)
 
     @property

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.adapters.inputs import Given, Pass, run_pass
+from tl_contextmix.adapters.verification import relative_error
 from tl_contextmix.core.blocks import AttentionSublayer
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.residual_stream import (
@@ -265,12 +266,8 @@ def _stages(
             return turned[0], turned[1], (True, True)
     found = []
     for one in both:
-        size = one.shown.abs().max().clamp(min=1e-30)
-        for after, x in ((False, one.raw), (True, one.side.finished(one.raw))):
-            close = x.shape == one.shown.shape and (x - one.shown).abs().max() / size
-            if close is not False and float(close) <= view.tolerance:
-                found.append(after)
-                break
+        shown = ((False, one.raw), (True, one.side.finished(one.raw)))
+        found += [a for a, x in shown if relative_error(x, one.shown) <= view.tolerance][:1]
     if len(found) == len(both):
         return query, key, (found[0], found[1])
     raise unsupported(
