@@ -7,8 +7,9 @@ has no class or whose bridges show too little, directly.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from tl_contextmix.adapters.encoder_decoder.generation_config import (
     require_followed,
 )
 from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
+from tl_contextmix.adapters.inputs.labelling import provenance
 from tl_contextmix.adapters.norm_reading import final_norm_modules
 from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
 from tl_contextmix.adapters.tokenizers import Labels, name_tokens, text_of
@@ -29,6 +31,7 @@ from tl_contextmix.adapters.verification import probe_batch, relative_error
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts, unsupported
+from tl_contextmix.results import Provenance
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,7 @@ class EncoderDecoder:
     """An encoder-decoder of any class.
 
     Attributes:
-        name: The model's name.
-        host: Class of the model object.
-        host_version: Version of TransformerLens, or of transformers for its own classes.
-        processing: Detected weight processing.
-        fingerprint: Hash over a sample of every weight.
+        provenance: Returns where results with some options come from.
         n_layers: Number of encoder blocks, L.
         view: The model's view; None for speech. Of a `direct` one streams and text alone.
         states: Maps a `Side` (text) or features (speech) to the encoder states of layers 0 to L,
@@ -57,11 +56,7 @@ class EncoderDecoder:
         takes_further: Whether ``states`` takes what the view takes besides ids and mask.
     """
 
-    name: str
-    host: str
-    host_version: str
-    processing: tuple[str, ...]
-    fingerprint: str
+    provenance: Callable[[Mapping[str, Any]], Provenance] = field(repr=False)
     n_layers: int
     view: ModelView | None
     states: Callable[..., list[Tensor]] = field(repr=False)
@@ -123,11 +118,7 @@ def of_view(
         return ids if ended or not end else [*ids, decoder.ends[0]]
 
     return EncoderDecoder(
-        name=view.name,
-        host=view.host,
-        host_version=view.host_version,
-        processing=view.processing,
-        fingerprint=view.fingerprint,
+        provenance=partial(provenance, view, "decoder_lens"),
         n_layers=len(view.stacks["encoder"]),
         view=view,
         decoder=decoder,

@@ -14,7 +14,6 @@ from tl_contextmix.adapters.inputs import (
     Input,
     Text,
     TokenInputs,
-    package_version,
 )
 from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_items
 from tl_contextmix.core.validation import Positive
@@ -29,7 +28,6 @@ from tl_contextmix.results import (
     LayerwiseDecoding,
     LayerwiseLikelihood,
     LayerwiseScores,
-    Provenance,
 )
 from tl_contextmix.results.axes import positions
 from tl_contextmix.results.curves import category_groups
@@ -217,21 +215,14 @@ def decoder_lens(
         references=read_references(found, references, len(sources)),
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        provenance=Provenance(
-            method="decoder_lens",
-            options={
+        provenance=found.provenance(
+            {
                 "layers": numbers,
                 "mode": mode,
                 "num_beams": num_beams,
                 "final_norm": final_norm,
                 "max_new_tokens": max_new_tokens,
-            },
-            model=found.name,
-            host=found.host,
-            host_version=found.host_version,
-            version=package_version(),
-            processing=found.processing,
-            fingerprint=found.fingerprint,
+            }
         ),
     )
     if plan.metrics:
