@@ -65,11 +65,14 @@ def load_bridge(source: Source, placement: Placement) -> Any:
     except _FAILURES as e:
         expected = f"an architecture that TransformerLens {host_version()} knows"
         remedy = "Use another version of TransformerLens or its Hooked classes, or another model."
+        # Not the list of all that TransformerLens knows.
+        unknown = "Could not determine supported architecture" in str(e)
+        seen = f"the architecture {architecture}" + ("" if unknown else f": {reason(e)}")
         if isinstance(e, ImportError):
             expected, remedy = "the libraries that its bridge needs", "Install what it names."
         raise unsupported(
             f"cannot load {source.label!r} on TransformerBridge",
-            _seen(architecture, e),
+            seen,
             expected,
             remedy,
         ) from e
@@ -92,12 +95,6 @@ def show_patterns(bridge: Any) -> None:
     for module in bridge.modules():
         if hasattr(module, "requires_relative_position_bias"):
             module.requires_relative_position_bias = True
-
-
-def _seen(architecture: str, error: Exception) -> str:
-    """Returns what failed; not the list of all that TransformerLens knows."""
-    unknown = "Could not determine supported architecture" in str(error)
-    return f"the architecture {architecture}" + ("" if unknown else f": {reason(error)}")
 
 
 def with_random_head(source: Source, placement: Placement) -> Any:
