@@ -112,7 +112,7 @@ def test_a_call_that_is_wrong_says_so(options: dict[str, Any], match: str) -> No
 
 
 def test_metrics_are_checked_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tl_contextmix.methods.decoder_lens import Lens
+    from tl_contextmix.methods.decoder_lens.answers import Lens
 
     def decoded(self: Any) -> None:
         raise AssertionError("a data set was decoded in vain")

@@ -42,7 +42,7 @@ from transformer_lens.tools.analysis._model_state import (
 
 from tl_contextmix.adapters.encoder_decoder.decoding import MemoryDecoder
 from tl_contextmix.core.blocks import Side
-from tl_contextmix.methods.decoder_lens import Listening
+from tl_contextmix.methods.decoder_lens.layerwise_decoder import Listening
 
 # Relative to the largest logit; the last layer through the decoder measures 0 to 2e-6 in float32
 # and under 2e-2 in half precision, a skipped norm 0.1 and more.

@@ -80,43 +80,40 @@ def _latent_weight(module: nn.Module, name: str) -> Tensor | None:
         return original.o_proj.weight.T.unflatten(0, (-1, original.v_head_dim))
     if name == "b_O":
         return original.o_proj.bias
+    kind, _, letter = name.partition("_")
     if name in ("W_Q", "b_Q"):
-        return _latent_query(original, name)
-    if name not in ("W_V", "b_V", "W_K", "b_K"):
+        return _latent_query(original, kind)
+    if letter not in ("V", "K"):
         return None
-    compress, *bias = compression(module)
-    compressed = compress.T if name in ("W_V", "W_K") else bias[0][None] if bias else None
-    if compressed is None:
-        return None
-    heads = original.kv_b_proj.weight.unflatten(
-        0, (-1, original.qk_nope_head_dim + original.v_head_dim)
-    )
     nope = original.qk_nope_head_dim
-    own = heads[:, nope:] if name in ("W_V", "b_V") else heads[:, :nope]
-    expand = own * original.kv_a_layernorm.weight
-    found = torch.einsum("mr,hdr->hmd", compressed, expand)
-    if name in ("W_K", "b_K"):
+    heads = original.kv_b_proj.weight.unflatten(0, (-1, nope + original.v_head_dim))
+    own = heads[:, nope:] if letter == "V" else heads[:, :nope]
+    weight, *bias = compression(module)
+    found = _expanded(weight, bias, own * original.kv_a_layernorm.weight, kind)
+    if letter == "K" and found is not None:
         project, rank = original.kv_a_proj_with_mqa, original.kv_lora_rank
-        shared = project.weight[rank:].T if name == "W_K" else project.bias[None, rank:]
-        found = torch.cat([found, shared.expand(len(found), -1, -1)], dim=-1)
-    return found if name in ("W_V", "W_K") else found[:, 0]
+        shared = project.weight[rank:].T if kind == "W" else project.bias[rank:]
+        found = torch.cat([found, shared.expand(len(found), *shared.shape)], dim=-1)
+    return found
 
 
-def _latent_query(original: Any, name: str) -> Tensor | None:
+def _latent_query(original: Any, kind: str) -> Tensor | None:
     """Returns weight or bias of latent attention's queries, which may be compressed, too."""
     width = (-1, original.qk_nope_head_dim + original.qk_rope_head_dim)
-    if getattr(original, "q_lora_rank", None) is None:
-        found = original.q_proj.weight if name == "W_Q" else original.q_proj.bias
-        if found is None:
-            return None
-        return found.unflatten(0, width).transpose(1, 2) if name == "W_Q" else found.view(width)
-    first = original.q_a_proj
-    if name == "b_Q" and first.bias is None:
-        return None
-    compressed = first.weight.T if name == "W_Q" else first.bias[None]
-    expand = original.q_b_proj.weight.unflatten(0, width) * original.q_a_layernorm.weight
-    found = torch.einsum("mr,hdr->hmd", compressed, expand)
-    return found if name == "W_Q" else found[:, 0]
+    if getattr(original, "q_lora_rank", None) is not None:
+        expand = original.q_b_proj.weight.unflatten(0, width) * original.q_a_layernorm.weight
+        first = original.q_a_proj
+        return _expanded(first.weight, [] if first.bias is None else [first.bias], expand, kind)
+    if kind == "W":
+        return original.q_proj.weight.unflatten(0, width).transpose(1, 2)
+    return None if original.q_proj.bias is None else original.q_proj.bias.view(width)
+
+
+def _expanded(weight: Tensor, bias: list[Tensor], expand: Tensor, kind: str) -> Tensor | None:
+    """Returns weight or bias of a compression and of what it is expanded by, as one."""
+    if kind == "W":
+        return torch.einsum("mr,hdr->hmd", weight.T, expand)
+    return torch.einsum("mr,hdr->hmd", bias[0][None], expand)[:, 0] if bias else None
 
 
 def latent_scales(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -133,17 +134,13 @@ def _unreadable(facts: Facts) -> Iterator[None]:
                 "Mend its forward pass, or load it anew; models of images and sound are not "
                 "supported.",
             )
-        raise UnsupportedModel(four_parts(what[0], reason(error), *what[1:])) from error
+        raise UnsupportedModel(what[0], reason(error), *what[1:]) from error
 
 
 def _in_reading(error: BaseException) -> bool:
     """Whether an error arose in what is recomputed here, not in the model's own forward pass."""
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_globals.get("__name__") == make_runner.__module__:
-            return False
-        trace = trace.tb_next
-    return True
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    return all(frame.f_globals.get("__name__") != make_runner.__module__ for frame in frames)
 
 
 def _name(facts: Facts) -> str:
@@ -361,7 +358,11 @@ def _unsettled(
 def _output_names(facts: Facts, to_string: Callable[[int], str]) -> Callable[[int], str]:
     if facts.classes:
         return facts.classes.__getitem__
-    return to_string if _predicts_tokens(facts) else str
+    outputs = getattr(facts.model.cfg, "d_vocab_out", -1)
+    # They may be classes of a toy model's own; a bridge of a Hugging Face model says nothing of it.
+    wraps = facts.bridge and facts.hf_config() is not None
+    tokens = wraps or outputs in (None, -1, int(token_embedding(facts.model).shape[0]))
+    return to_string if tokens else str
 
 
 def text_side(handle: Handle, facts: Facts, *, pair: bool) -> dict[str, Any]:
@@ -387,14 +388,6 @@ def text_side(handle: Handle, facts: Facts, *, pair: bool) -> dict[str, Any]:
         "pad_id": make_pad_id(handle, facts),
         "padding": lambda: padding_of(handle.get()),
     }
-
-
-def _predicts_tokens(facts: Facts) -> bool:
-    """Whether outputs are tokens, and not classes of a toy model's own."""
-    outputs = getattr(facts.model.cfg, "d_vocab_out", -1)
-    # A bridge of a Hugging Face model says nothing about it.
-    wraps = facts.bridge and facts.hf_config() is not None
-    return wraps or outputs in (None, -1, int(token_embedding(facts.model).shape[0]))
 
 
 def _longest_input(facts: Facts) -> int | None:

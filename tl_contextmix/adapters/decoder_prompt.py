@@ -58,12 +58,10 @@ def _one(name: str, given: Any) -> int:
     listed = {int(token) for token in given} if isinstance(given, Iterable) else {int(given)}
     if len(listed) != 1:
         raise UnsupportedModel(
-            four_parts(
-                "the decoder's prompt is not the same for every text",
-                f"{name}={given!r}",
-                "one token",
-                "Set one in model.generation_config, or give ids as decoder_input.",
-            )
+            "the decoder's prompt is not the same for every text",
+            f"{name}={given!r}",
+            "one token",
+            "Set one in model.generation_config, or give ids as decoder_input.",
         )
     return listed.pop()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_contextmix.core.activations import Activation
 from tl_contextmix.core.validation import require_choice, whole_number
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts, seen
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, seen
 from tl_contextmix.results import storage
 
 FeatureActivation = Literal["relu", "jumprelu", "topk"]
@@ -258,13 +258,11 @@ def _folded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Diction
         or config.get("reshape_activations") == "hook_z"
     ):
         raise UnsupportedModel(
-            four_parts(
-                "this SAE cannot stand in a model",
-                f"architecture {kind!r}, normalize_activations {norm!r}",
-                f"one of {sorted(_SAELENS)} whose input is not rescaled",
-                "Fold the scale into its weights first (fold_activation_norm_scaling_factor); "
-                "gated and skip dictionaries, and those of hook_z, are not supported.",
-            )
+            "this SAE cannot stand in a model",
+            f"architecture {kind!r}, normalize_activations {norm!r}",
+            f"one of {sorted(_SAELENS)} whose input is not rescaled",
+            "Fold the scale into its weights first (fold_activation_norm_scaling_factor); "
+            "gated and skip dictionaries, and those of hook_z, are not supported.",
         )
     names = ("hook_name", "hook_name_out") if kind.endswith("transcoder") else ("hook_name",)
     read, out = (*(str(metadata.get(name) or "") for name in names), "")[:2]

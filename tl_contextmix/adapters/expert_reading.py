@@ -204,19 +204,16 @@ def _route(handle: Any, here: str, router: str, count: int, shared: list[str]) -
         # Switch Transformers count how many tokens of a text go to each expert: one is never many.
         each = flat[:, None] if hasattr(gate, "expert_capacity") else flat
         with torch.no_grad():
-            gains = handle.ready(_gains(gate(each, *_corrections(module, gate)), len(flat), count))
+            # What a router takes besides its input is what its mixture holds by that name.
+            further = [*inspect.signature(gate.forward).parameters][1:]
+            given = [getattr(module, name) for name in further if hasattr(module, name)]
+            gains = handle.ready(_gains(gate(each, *given), len(flat), count))
             always = gains.new_ones(len(flat), len(shared))
             if own is not None:
                 always = handle.ready(own(flat).sigmoid())
         return torch.cat([gains, always], dim=1).view(*x.shape[:-1], -1)
 
     return route
-
-
-def _corrections(module: Any, gate: Any) -> Iterator[Tensor]:
-    """Yields what a router is given besides its input: what its mixture holds by that name."""
-    further = list(inspect.signature(gate.forward).parameters)[1:]
-    yield from (getattr(module, name) for name in further if hasattr(module, name))
 
 
 def _gains(found: Any, tokens: int, count: int) -> Tensor:

@@ -42,7 +42,7 @@ def _of_attention(handle: Handle, attention: AttentionSublayer) -> dict[str, Lay
         return {attention.query: _BESIDE_GATES} if attention.gate else {}
     # Queries, keys and values of latent attention are shown as [batch, head, pos, d_head]; z, whose
     # heads are as wide as values, is cut by the width of keys' rotary part, or not at all.
-    swapped = Layout(_swap_heads, lambda x, like: _swap_heads(x))
+    swapped = Layout(lambda x: x.transpose(1, 2), lambda x, like: x.transpose(1, 2))
     heads = attention.W_O.shape[0]
     cut = Layout(
         lambda z: z.flatten(2).unflatten(2, (heads, -1)), lambda z, like: z.reshape(like.shape)
@@ -59,7 +59,3 @@ def _put_beside_gates(x: Tensor, like: Tensor) -> Tensor:
 
 # Queries whose projection holds the gates, too, are shown with them: head, gate, head, gate.
 _BESIDE_GATES = Layout(lambda x: x[:, :, ::2], _put_beside_gates)
-
-
-def _swap_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)

@@ -12,7 +12,7 @@ from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.recognition import eps_of
 from tl_contextmix.core.score_forms import HeadNorm
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 # Fitting a norm to a formula leaves rounding only: at most 2e-6 measured in float32 over
 # the families of the test zoo, 4e-3 in bfloat16; a wrong formula is off by 0.1 and more.
@@ -98,12 +98,10 @@ def _fit_norm(module: nn.Module | None, handle: Handle) -> Norm | None:
     if error <= _NORM_FIT.get(like.dtype, 5e-2):
         return Norm(kind, gain, bias, eps)
     raise UnsupportedModel(
-        four_parts(
-            f"the norm {type(module).__name__} cannot be read",
-            f"an error of {error:.2g} against the nearest formula",
-            "a LayerNorm or an RMSNorm over d_model",
-            "Use a model with one of these.",
-        )
+        f"the norm {type(module).__name__} cannot be read",
+        f"an error of {error:.2g} against the nearest formula",
+        "a LayerNorm or an RMSNorm over d_model",
+        "Use a model with one of these.",
     )
 
 

@@ -68,12 +68,10 @@ def block_lists(model: nn.Module, encoder_only: bool) -> dict[str, tuple[str, nn
     }
     if not found:
         raise UnsupportedModel(
-            four_parts(
-                "no transformer blocks can be found",
-                f"a {type(model).__name__} with {sorted(model._modules)}",
-                "a TransformerLens language model with its blocks in one or two lists",
-                "Vision, audio and state-space models are not supported.",
-            )
+            "no transformer blocks can be found",
+            f"a {type(model).__name__} with {sorted(model._modules)}",
+            "a TransformerLens language model with its blocks in one or two lists",
+            "Vision, audio and state-space models are not supported.",
         )
     return dict(sorted(found.items(), reverse=True))
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 MIXERS = ("linear_attn", "mamba", "conv", "mixer")
 """What hybrids have beside attention, or in its place, as bridges name it."""
@@ -40,6 +42,17 @@ def inner(module: Any) -> Any:
     while isinstance(held := getattr(module, "original_component", None), nn.Module):
         module = held
     return module
+
+
+@contextmanager
+def changed(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """Changes an attribute for a while."""
+    before = getattr(thing, name)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        setattr(thing, name, before)
 
 
 def eps_of(module: Any, default: float) -> float:
@@ -164,12 +177,10 @@ def require_no_images(model: Any) -> None:
     """
     if getattr(model, "main_input_name", None) == "pixel_values":
         raise UnsupportedModel(
-            four_parts(
-                "models of images are not supported: their positions are no tokens of a text",
-                f"a {type(model).__name__}, which reads images (pixel_values)",
-                "a model of text or sound",
-                "Models of images and text (LLaVA, Gemma 3) are asked about text.",
-            )
+            "models of images are not supported: their positions are no tokens of a text",
+            f"a {type(model).__name__}, which reads images (pixel_values)",
+            "a model of text or sound",
+            "Models of images and text (LLaVA, Gemma 3) are asked about text.",
         )
 
 
@@ -185,13 +196,11 @@ def recognise(model: Any) -> Facts:
     if not known or host is None:
         require_no_images(model)
         raise UnsupportedModel(
-            four_parts(
-                "not a TransformerLens model with weights",
-                f"a {type(model).__module__}.{type(model).__name__}",
-                "a HookedTransformer, HookedEncoder, HookedEncoderDecoder or TransformerBridge",
-                "Use tl_contextmix.load_model(name), or wrap a Hugging Face model in a "
-                "TransformerBridge.",
-            )
+            "not a TransformerLens model with weights",
+            f"a {type(model).__module__}.{type(model).__name__}",
+            "a HookedTransformer, HookedEncoder, HookedEncoderDecoder or TransformerBridge",
+            "Use tl_contextmix.load_model(name), or wrap a Hugging Face model in a "
+            "TransformerBridge.",
         )
     cfg = model.cfg
     architecture = getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", "")

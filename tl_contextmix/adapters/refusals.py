@@ -32,12 +32,10 @@ class Refusal:
     def error(self, seen: str) -> UnsupportedModel:
         """Returns the error, given what was found."""
         return UnsupportedModel(
-            four_parts(
-                f"{self.name} is not supported: {self.reason}",
-                seen,
-                "blocks of attention and a feed-forward layer",
-                self.remedy,
-            )
+            f"{self.name} is not supported: {self.reason}",
+            seen,
+            "blocks of attention and a feed-forward layer",
+            self.remedy,
         )
 
 
@@ -51,17 +49,11 @@ def _t5_on_bridge_3(facts: Facts) -> str:
     return f"{facts.architecture} on TransformerBridge 3" if old else ""
 
 
-def _falcon_with_alibi(facts: Facts) -> str:
-    # As the eager path of Hugging Face does, which the plain one does not.
-    config = facts.hf_config()
-    unsupported = facts.architecture.startswith("Falcon") and getattr(config, "alibi", False)
-    return f"{facts.architecture} with alibi=True" if unsupported else ""
-
-
-def _convolving_deberta(facts: Facts) -> str:
-    width = getattr(facts.hf_config(), "conv_kernel_size", 0)
-    unsupported = facts.architecture.startswith("Deberta") and width
-    return f"{facts.architecture} with conv_kernel_size={width}" if unsupported else ""
+def _set(facts: Facts, family: str, name: str) -> str:
+    """Returns a setting of a family's configuration, or an empty string if it is off."""
+    value = getattr(facts.hf_config(), name, None)
+    named = facts.architecture.startswith(family) and value
+    return f"{facts.architecture} with {name}={value}" if named else ""
 
 
 def _recurrence(facts: Facts) -> str:
@@ -164,13 +156,14 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "Falcon with ALiBi",
-        _falcon_with_alibi,
+        # As the eager path of Hugging Face does, which the plain one does not.
+        lambda facts: _set(facts, "Falcon", "alibi"),
         "TransformerLens adds twice the position bias that the model was trained with",
         "Use a Falcon with rotary positions (falcon-7b and later).",
     ),
     Refusal(
         "DeBERTa-v2 with a convolution",
-        _convolving_deberta,
+        lambda facts: _set(facts, "Deberta", "conv_kernel_size"),
         "after its first block a convolution mixes tokens between the blocks",
         "Use one without (DeBERTa-v3).",
     ),

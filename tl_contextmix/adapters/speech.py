@@ -84,7 +84,9 @@ def build_speech(model: Any, weights: Mapping[str, Tensor]) -> tuple[ModelView, 
 
 
 def _unsettled(model: Any, weights: Mapping[str, Tensor]) -> tuple[Unbridged, ModelView]:
-    d_vocab, seconds = int(getattr(model.config, "vocab_size", 0)), _seconds(model)
+    d_vocab = int(getattr(model.config, "vocab_size", 0))
+    strides = getattr(model.config, "conv_stride", (2, _HOP))
+    seconds = prod(strides) / _RATE  # that a frame lasts which blocks see
     pair = "decoder" in stacks_of(model)
     host = Unbridged(model, d_vocab, pair, lambda model: getattr(model, "tokenizer", None))
     points: dict[str, tuple[str, str, str]] = {}
@@ -110,12 +112,6 @@ def _unsettled(model: Any, weights: Mapping[str, Tensor]) -> tuple[Unbridged, Mo
         hears=partial(_heard, host, d_vocab),
         to_string=to_string,
     )
-
-
-def _seconds(model: Any) -> float:
-    """Returns how long a frame lasts that blocks see."""
-    strides = getattr(model.config, "conv_stride", None)
-    return (2 * _HOP if strides is None else prod(strides)) / _RATE
 
 
 def _block(
@@ -146,12 +142,10 @@ def _block(
     pair = next((pair for pair in _NEURONS if paths.issuperset(pair)), None)
     if pair is None:
         raise UnsupportedModel(
-            four_parts(
-                "the blocks of this model of sound cannot be read",
-                f"a {type(module).__name__}",
-                "attention and two linear layers, as in Whisper, wav2vec2 and HuBERT",
-                "Use one of these.",
-            )
+            "the blocks of this model of sound cannot be read",
+            f"a {type(module).__name__}",
+            "attention and two linear layers, as in Whisper, wav2vec2 and HuBERT",
+            "Use one of these.",
         )
     return Block(
         layer=layer,

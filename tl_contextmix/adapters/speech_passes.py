@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from tl_contextmix.adapters.recognition import changed
 from tl_contextmix.adapters.running import (
     hooked_places,
     require_no_autocast,
@@ -17,7 +17,7 @@ from tl_contextmix.adapters.running import (
 from tl_contextmix.adapters.unbridged import Place, keeping
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import Hooks, PassOutput
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 _PROBE_SAMPLES = 6400
 
@@ -41,17 +41,6 @@ def head_of(model: Any) -> Any:
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
     joined = getattr(base, "adapter", None) is not None  # frames after it are fewer
     return None if joined else getattr(model, "lm_head", None)
-
-
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """Lets a model compute attention patterns for a while, which fused kernels do not show."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
 
 
 def run_speech(
@@ -92,7 +81,9 @@ def run_speech(
         parent = stacks[side].get_submodule(path.rpartition(".")[0])
         heads = int(parent.num_heads) if by_head else 0
         places[name] = Place(stacks[side].get_submodule(path), kind, heads, edit)
-    with keeping(model, places) as kept, _eager(model):
+    # Fused kernels do not show patterns.
+    eager = changed(model.config, "_attn_implementation", "eager")
+    with keeping(model, places) as kept, eager:
         output = model(**_arguments(model, batch, device))
     return None if head_of(model) is None else output.logits, kept, {}
 
@@ -128,10 +119,8 @@ def _require_plain(model: Any, batch: Batch, d_vocab: int, grad: bool) -> None:
 def refused(what: str, verb: str) -> UnsupportedModel:
     """Returns the refusal of what a model of sound does not answer."""
     return UnsupportedModel(
-        four_parts(
-            f"{what} cannot be {verb}",
-            "a model of sound",
-            "a model of text",
-            "Value Zeroing, norms, attention, decompositions and memories are answered.",
-        )
+        f"{what} cannot be {verb}",
+        "a model of sound",
+        "a model of text",
+        "Value Zeroing, norms, attention, decompositions and memories are answered.",
     )

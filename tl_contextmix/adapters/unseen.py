@@ -58,17 +58,16 @@ def with_unseen(run: Runner, unseen: Mapping[str, Unseen]) -> Runner:
     def whole(
         batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool = True
     ) -> PassOutput:
-        made = [unseen[name] for name, _ in hooks if name in unseen]
-        names = [name for name, _ in hooks if name in unseen]
-        shown = {name: edit for name, edit in hooks if name not in unseen}
-        for one in made:
+        made = {name: unseen[name] for name, _ in hooks if name in unseen}
+        shown = {name: edit for name, edit in hooks if name not in made}
+        for one in made.values():
             shown |= {name: shown.get(name) for name in one.sources}
         output, values, added = run(batch, [*shown.items()], grad, watch, logits)
-        for name, one in zip(names, made, strict=True):
-            given = [values[source] for source in one.sources]
-            if one.plain:
-                pairs = zip(given, one.sources, strict=True)
-                given = [x - added[n].to(x) if n in added else x for x, n in pairs]
+        for name, one in made.items():
+            given = [
+                values[n] - added[n].to(values[n]) if one.plain and n in added else values[n]
+                for n in one.sources
+            ]
             values[name] = one.make(batch.main.ids, *given)
         return output, values, added
 

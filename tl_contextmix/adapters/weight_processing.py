@@ -137,7 +137,13 @@ def make_notice(facts: Facts, view: ModelView) -> Notice:
     trained = not facts.bridge and getattr(facts.model.cfg, "original_architecture", None) is None
     processing = [step for step in view.processing if step != "fold_ln" or not trained]
     # The closure must not keep the model or the view alive.
-    name, remedy = view.name, _remedy(facts, view)
+    name = view.name
+    remedy = f"HookedTransformer.from_pretrained_no_processing({name!r})"
+    if facts.bridge:
+        remedy = (
+            "TransformerBridge.boot_transformers without enable_compatibility_mode(), or with "
+            "enable_compatibility_mode(no_processing=True)"
+        )
 
     def notice(method: str, options: Mapping[str, Any]) -> None:
         steps = changed_by(method, options, processing)
@@ -158,15 +164,6 @@ def make_notice(facts: Facts, view: ModelView) -> Notice:
 
 
 _WARNED: weakref.WeakKeyDictionary[Any, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
-
-
-def _remedy(facts: Facts, view: ModelView) -> str:
-    if facts.bridge:
-        return (
-            "TransformerBridge.boot_transformers without enable_compatibility_mode(), or with "
-            "enable_compatibility_mode(no_processing=True)"
-        )
-    return f"HookedTransformer.from_pretrained_no_processing({view.name!r})"
 
 
 def fingerprint(weights: Weights) -> str:
@@ -199,12 +196,10 @@ def require_present(weights: Weights) -> None:
     absent = next((name for name, weight in weights.items() if weight.is_meta), None)
     if absent is not None:
         raise UnsupportedModel(
-            four_parts(
-                "cannot read a model with offloaded weights",
-                f"no data in {absent}: offloaded, or never loaded",
-                "weights in memory, on one device or several",
-                "Load it without offloading to CPU or disk in the device map.",
-            )
+            "cannot read a model with offloaded weights",
+            f"no data in {absent}: offloaded, or never loaded",
+            "weights in memory, on one device or several",
+            "Load it without offloading to CPU or disk in the device map.",
         )
 
 

@@ -58,9 +58,7 @@ def _key(block: Block, reader: Unembedding) -> str:
 def _promoted(vectors: Tensor, reader: Unembedding) -> Int[Tensor, "neuron side"]:
     if reader.linear:
         return reader.scan(reader.hidden(vectors)).ids[:, :, 0]
-    sides = [
-        reader.scan(reader.hidden(vectors * sign), sides=1).ids[:, :, 0] for sign in (1, -1)
-    ]
+    sides = [reader.scan(reader.hidden(vectors * sign), sides=1).ids[:, :, 0] for sign in (1, -1)]
     return torch.cat(sides, dim=1)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tl_contextmix.adapters.running import lock_of
 from tl_contextmix.core.finite import require_predictions
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 
 
 @dataclass(frozen=True)
@@ -317,12 +317,10 @@ class _Greedy:
     ) -> Tensor:
         if self.ids.numel():
             raise UnsupportedModel(
-                four_parts(
-                    "generation needs several decoder runs",
-                    "generation settings with fallback temperatures or timestamps",
-                    "one run per input",
-                    "Reset them in model.generation_config.",
-                )
+                "generation needs several decoder runs",
+                "generation settings with fallback temperatures or timestamps",
+                "one run per input",
+                "Reset them in model.generation_config.",
             )
         self.prompt = input_ids
         memory, mask = inputs["encoder_outputs"][0], inputs.get("attention_mask")

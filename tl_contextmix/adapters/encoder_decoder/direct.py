@@ -189,7 +189,8 @@ def _run(host: Unbridged, batch: Batch, hooks: Hooks, last: str = "") -> PassOut
         assert blocks is not None
         places[name] = Place(blocks[int(layer)], point.removeprefix("hook_"))
     device, output = next(model.parameters()).device, None
-    ids = batch.main.ids.masked_fill(~batch.main.mask, _pad_id(model))
+    pad = getattr(model.config, "pad_token_id", None)
+    ids = batch.main.ids.masked_fill(~batch.main.mask, pad if isinstance(pad, int) else 0)
     with keeping(model, places, last) as kept:
         output = model(
             input_ids=ids.to(device),
@@ -203,11 +204,6 @@ def _run(host: Unbridged, batch: Batch, hooks: Hooks, last: str = "") -> PassOut
     lengths = {"encoder": ids.shape[1], "decoder": decoder.ids.shape[1]}
     shown = {name: kept[name][:, : lengths[name.partition(".")[0]]] for name in kept}
     return output, shown, {}
-
-
-def _pad_id(model: Any) -> int:
-    found = getattr(model.config, "pad_token_id", None)
-    return found if isinstance(found, int) else 0
 
 
 def _encoder_states(
@@ -254,12 +250,10 @@ def _probed(model: Any, found: EncoderDecoder) -> tuple[nn.Module | None, bool]:
     if error <= view.tolerance and not _drops(model):
         return norm, stepwise
     raise UnsupportedModel(
-        four_parts(
-            f"cannot run the decoder of a {view.host} on a layer of its encoder",
-            _drops(model) or f"a relative error of {error:.2g} against the model itself",
-            "a decoder that reads the last block's output, normed or not, row by row",
-            "Use another model.",
-        )
+        f"cannot run the decoder of a {view.host} on a layer of its encoder",
+        _drops(model) or f"a relative error of {error:.2g} against the model itself",
+        "a decoder that reads the last block's output, normed or not, row by row",
+        "Use another model.",
     )
 
 

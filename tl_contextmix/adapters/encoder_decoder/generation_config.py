@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tl_contextmix.adapters.decoder_prompt import decoder_start
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 # Settings beyond greedy or beam search from one encoder state, with their neutral values.
 # transformers, or the caller, handles all others.
@@ -70,10 +70,8 @@ def require_followed(settings: Any, *, speech: bool) -> None:
     ]
     if found:
         raise UnsupportedModel(
-            four_parts(
-                "unsupported generation settings",
-                ", ".join(found),
-                "greedy decoding or beam search, with settings that only change scores or lengths",
-                "Reset them in the model's generation_config.",
-            )
+            "unsupported generation settings",
+            ", ".join(found),
+            "greedy decoding or beam search, with settings that only change scores or lengths",
+            "Reset them in the model's generation_config.",
         )

@@ -7,14 +7,15 @@ has no class or whose bridges show too little, directly.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.decoder_prompt import decoder_prompt, decoder_start
+from tl_contextmix.adapters.decoder_prompt import decoder_prompt
 from tl_contextmix.adapters.encoder_decoder.decoding import MemoryDecoder
 from tl_contextmix.adapters.encoder_decoder.generation_config import (
     end_tokens,
@@ -22,15 +23,15 @@ from tl_contextmix.adapters.encoder_decoder.generation_config import (
     require_followed,
 )
 from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
+from tl_contextmix.adapters.inputs.labelling import provenance
 from tl_contextmix.adapters.norm_reading import final_norm_modules
 from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
 from tl_contextmix.adapters.tokenizers import Labels, name_tokens, text_of
-from tl_contextmix.adapters.verification import relative_error
+from tl_contextmix.adapters.verification import probe_batch, relative_error
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
-
-_PROBE = 4
+from tl_contextmix.results import Provenance
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,7 @@ class EncoderDecoder:
     """An encoder-decoder of any class.
 
     Attributes:
-        name: The model's name.
-        host: Class of the model object.
-        host_version: Version of TransformerLens, or of transformers for its own classes.
-        processing: Detected weight processing.
-        fingerprint: Hash over a sample of every weight.
+        provenance: Returns where results with some options come from.
         n_layers: Number of encoder blocks, L.
         view: The model's view; None for speech. Of a `direct` one streams and text alone.
         states: Maps a `Side` (text) or features (speech) to the encoder states of layers 0 to L,
@@ -59,11 +56,7 @@ class EncoderDecoder:
         takes_further: Whether ``states`` takes what the view takes besides ids and mask.
     """
 
-    name: str
-    host: str
-    host_version: str
-    processing: tuple[str, ...]
-    fingerprint: str
+    provenance: Callable[[Mapping[str, Any]], Provenance] = field(repr=False)
     n_layers: int
     view: ModelView | None
     states: Callable[..., list[Tensor]] = field(repr=False)
@@ -93,12 +86,10 @@ def from_view(model: Any, view: ModelView, language: str | None = None) -> Encod
     """
     if len(view.stacks) != 2:
         raise UnsupportedModel(
-            four_parts(
-                "DecoderLens needs an encoder-decoder",
-                f"{view.name} ({view.host}), which has only the stack {', '.join(view.stacks)}",
-                "an encoder-decoder such as T5, BART or Marian",
-                "For the layers of a decoder, use the logit lens.",
-            )
+            "DecoderLens needs an encoder-decoder",
+            f"{view.name} ({view.host}), which has only the stack {', '.join(view.stacks)}",
+            "an encoder-decoder such as T5, BART or Marian",
+            "For the layers of a decoder, use the logit lens.",
         )
     tokenizer = getattr(model, "tokenizer", None)
     original = getattr(model, "original_model", None)
@@ -127,11 +118,7 @@ def of_view(
         return ids if ended or not end else [*ids, decoder.ends[0]]
 
     return EncoderDecoder(
-        name=view.name,
-        host=view.host,
-        host_version=view.host_version,
-        processing=view.processing,
-        fingerprint=view.fingerprint,
+        provenance=partial(provenance, view, "decoder_lens"),
         n_layers=len(view.stacks["encoder"]),
         view=view,
         decoder=decoder,
@@ -206,12 +193,10 @@ def _require_no_decoder_hooks(view: ModelView, hooked: Sequence[str]) -> None:
     places = [one for one in hooked if not one.startswith("encoder") and one != "hook_embed"]
     if places:
         raise UnsupportedModel(
-            four_parts(
-                f"hooks on the decoder of {view.host} have no effect while it decodes",
-                ", ".join(places[:3]),
-                "hooks on the encoder only",
-                "Remove them, or use a TransformerBridge, whose hooks run at every step.",
-            )
+            f"hooks on the decoder of {view.host} have no effect while it decodes",
+            ", ".join(places[:3]),
+            "hooks on the encoder only",
+            "Remove them, or use a TransformerBridge, whose hooks run at every step.",
         )
 
 
@@ -221,16 +206,16 @@ def _make_twin(model: Any, view: ModelView) -> _Twin:
     plain = t5_twin(model) if getattr(model, "original_model", None) is None else bridge_twin(model)
     if plain is None:
         return _Twin(view, None, "")
-    ids = (11 + 7 * torch.arange(_PROBE)[None]) % view.d_vocab
-    side = Side(ids, torch.ones_like(ids, dtype=torch.bool))
-    inputs = torch.tensor([[decoder_start(model), *ids[0, 1:].tolist()]])
-    decoder = Side(inputs, torch.ones_like(inputs, dtype=torch.bool))
+    batch = probe_batch(view)
+    assert batch.decoder is not None
     last = view.stacks["encoder"][-1].resid_out
     norm = _view_norm(model, view)
     with without_hooks(model):
-        trace = view.run(Batch(side, decoder), [last])
+        trace = view.run(batch, [last])
         memory = trace[last] if norm is None else norm(trace[last])
-    logits = _memory_decoder(model, view, plain, alone=True).logits(memory, side.mask, inputs)
+    logits = _memory_decoder(model, view, plain, alone=True).logits(
+        memory, batch.main.mask, batch.decoder.ids
+    )
     assert trace.logits is not None
     error = relative_error(logits, trace.logits.to(logits.dtype))
     # Hugging Face's float64 T5 computes norms in float32: 1e-7 measured, 0.1 if wrong.
@@ -272,12 +257,10 @@ def require_no_hooks_on(outer: Sequence[nn.Module]) -> None:
     hooked = [type(module).__name__ for module in outer if is_hooked(module)]
     if hooked:
         raise UnsupportedModel(
-            four_parts(
-                "hooks on the whole model or its whole encoder have no effect",
-                ", ".join(hooked),
-                "hooks inside the encoder: on its blocks or its final norm",
-                "Move them to the last block or the final norm.",
-            )
+            "hooks on the whole model or its whole encoder have no effect",
+            ", ".join(hooked),
+            "hooks inside the encoder: on its blocks or its final norm",
+            "Move them to the last block or the final norm.",
         )
 
 

@@ -19,12 +19,14 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     special_ids,
 )
 from tl_contextmix.adapters.inputs.activation_cache import describe
+from tl_contextmix.adapters.inputs.labelling import package_version
 from tl_contextmix.adapters.recognition import maths_dtype
 from tl_contextmix.adapters.running import require_no_autocast, require_no_dropout
 from tl_contextmix.adapters.tokenizers import in_frame, piece_of, text_of
 from tl_contextmix.adapters.unbridged import Place, keeping
 from tl_contextmix.adapters.weight_processing import fingerprint
 from tl_contextmix.errors import InvalidInput, bad, warn
+from tl_contextmix.results import Provenance
 
 
 def is_speech(model: object) -> bool:
@@ -82,11 +84,16 @@ def from_speech(
         return last if norm is None else norm(last)
 
     return EncoderDecoder(
-        name=str(getattr(config, "_name_or_path", "") or type(model).__name__),
-        host=type(model).__name__,
-        host_version=__version__,
-        processing=(),
-        fingerprint=fingerprint(dict(model.named_parameters())),
+        provenance=lambda options: Provenance(
+            method="decoder_lens",
+            options=dict(options),
+            model=str(getattr(config, "_name_or_path", "") or type(model).__name__),
+            host=type(model).__name__,
+            host_version=__version__,
+            version=package_version(),
+            processing=(),
+            fingerprint=fingerprint(dict(model.named_parameters())),
+        ),
         n_layers=len(encoder.layers),
         view=None,
         states=lambda features: _speech_states(model, features),

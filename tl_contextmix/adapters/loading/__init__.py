@@ -151,7 +151,14 @@ def _load(
     if source.hf_model is not None:
         source.hf_model.to(device=placement.device, dtype=placement.dtype)
     if source.headless:
-        _warn_about_missing_head(source)
+        warn(
+            four_parts(
+                f"logits of {source.label!r} are meaningless",
+                f"a checkpoint of {source.written or 'an encoder'}",
+                "one with a masked-language-model head",
+                "Use only its hidden states: its head is random.",
+            )
+        )
     with _quiet():
         try:
             build = load_hooked if chosen == "hooked" else load_bridge
@@ -190,17 +197,6 @@ def _device(named: str | torch.device) -> torch.device:
             "a PyTorch device such as 'cpu' or 'cuda:0'",
             "Omit device to use the default.",
         ) from error
-
-
-def _warn_about_missing_head(source: Source) -> None:
-    warn(
-        four_parts(
-            f"logits of {source.label!r} are meaningless",
-            f"a checkpoint of {(source.config.architectures or ['an encoder'])[0]}",
-            "one with a masked-language-model head",
-            "Use only its hidden states: its head is random.",
-        )
-    )
 
 
 @contextlib.contextmanager

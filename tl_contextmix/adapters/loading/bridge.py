@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from tl_contextmix.adapters.loading.architectures import read_as
-from tl_contextmix.adapters.loading.classifiers import OF_TEXTS, OF_TOKENS, on_every_token
+from tl_contextmix.adapters.loading.classifiers import on_every_token
 from tl_contextmix.adapters.loading.source import Placement, Source, load_tokenizer
-from tl_contextmix.adapters.recognition import host_version
-from tl_contextmix.errors import UnsupportedModel, four_parts, reason
+from tl_contextmix.adapters.recognition import changed, host_version
+from tl_contextmix.errors import UnsupportedModel, reason
 
 # What TransformerLens raises for what it does not know, or without a library that it asks for.
 _FAILURES = (
@@ -31,24 +30,29 @@ def load_bridge(source: Source, placement: Placement) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     causal = source.kind == "causal"
-    tokenizer = source.tokenizer
-    if tokenizer is None and not (causal and source.hosted):
-        tokenizer = load_tokenizer(source)
+    tokenizer: Any = None if causal and source.hosted else load_tokenizer(source)
     architecture = source.architecture
     alias, listed = read_as(architecture)
     hf_model = source.hf_model
     if source.headless and hf_model is None:
         hf_model = with_random_head(source, placement).to(placement.device)
     elif not listed and hf_model is None:
-        hf_model = _published(source, placement)
+        # Only eager attention shows patterns.
+        hf_model = source.auto.from_pretrained(
+            source.location, dtype=placement.dtype, attn_implementation="eager"
+        )
+        hf_model = hf_model.to(placement.device).eval()
     if source.classifier:
         hf_model = on_every_token(hf_model)
     try:
         with contextlib.ExitStack() as stack:
             if not causal:
-                stack.enter_context(_kept_as_published(tokenizer))
+                # Else TransformerLens reloads it with this setting. Under transformers 5, that
+                # replaces all special tokens: the </s> of T5 and BART, [CLS] and [SEP].
+                told = {**tokenizer.init_kwargs, "add_bos_token": True}
+                stack.enter_context(changed(tokenizer, "init_kwargs", told))
             if hf_model is not None:
-                stack.enter_context(_called(hf_model, alias))
+                stack.enter_context(changed(hf_model.config, "architectures", [alias]))
             bridge = TransformerBridge.boot_transformers(
                 source.location,
                 device=str(placement.device),
@@ -61,15 +65,16 @@ def load_bridge(source: Source, placement: Placement) -> Any:
     except _FAILURES as e:
         expected = f"an architecture that TransformerLens {host_version()} knows"
         remedy = "Use another version of TransformerLens or its Hooked classes, or another model."
+        # Not the list of all that TransformerLens knows.
+        unknown = "Could not determine supported architecture" in str(e)
+        seen = f"the architecture {architecture}" + ("" if unknown else f": {reason(e)}")
         if isinstance(e, ImportError):
             expected, remedy = "the libraries that its bridge needs", "Install what it names."
         raise UnsupportedModel(
-            four_parts(
-                f"cannot load {source.label!r} on TransformerBridge",
-                _seen(architecture, e),
-                expected,
-                remedy,
-            )
+            f"cannot load {source.label!r} on TransformerBridge",
+            seen,
+            expected,
+            remedy,
         ) from e
     bridge.cfg.model_name = source.label
     if architecture.startswith("Switch"):
@@ -90,56 +95,6 @@ def show_patterns(bridge: Any) -> None:
     for module in bridge.modules():
         if hasattr(module, "requires_relative_position_bias"):
             module.requires_relative_position_bias = True
-
-
-def _seen(architecture: str, error: Exception) -> str:
-    """Returns what failed; not the list of all that TransformerLens knows."""
-    unknown = "Could not determine supported architecture" in str(error)
-    return f"the architecture {architecture}" + ("" if unknown else f": {reason(error)}")
-
-
-@contextlib.contextmanager
-def _called(hf_model: Any, architecture: str) -> Iterator[None]:
-    """Gives a model's config the architecture as which it is read, for a while."""
-    own = hf_model.config.architectures
-    hf_model.config.architectures = [architecture]
-    try:
-        yield
-    finally:
-        hf_model.config.architectures = own
-
-
-def _published(source: Source, placement: Placement) -> Any:
-    """Loads a model with Hugging Face's own class."""
-    import transformers
-
-    kinds: dict[str, Any] = {
-        "causal": transformers.AutoModelForCausalLM,
-        "masked": transformers.AutoModelForMaskedLM,
-        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
-        OF_TEXTS: transformers.AutoModelForSequenceClassification,
-        OF_TOKENS: transformers.AutoModelForTokenClassification,
-    }
-    ends = (kind for kind in (OF_TEXTS, OF_TOKENS) if source.architecture.endswith(kind))
-    auto = kinds[next(ends, source.kind)]
-    # Only eager attention shows patterns.
-    model = auto.from_pretrained(
-        source.location, dtype=placement.dtype, attn_implementation="eager"
-    )
-    return model.to(placement.device).eval()
-
-
-@contextlib.contextmanager
-def _kept_as_published(tokenizer: Any) -> Iterator[None]:
-    """Stops TransformerLens from reloading a tokenizer with add_bos_token=True.
-
-    Under transformers 5, that replaces all special tokens: the </s> of T5 and BART, [CLS] and
-    [SEP]. A tokenizer that already has the setting is not reloaded.
-    """
-    kept = tokenizer.init_kwargs
-    tokenizer.init_kwargs = {**kept, "add_bos_token": True}
-    yield
-    tokenizer.init_kwargs = kept
 
 
 def with_random_head(source: Source, placement: Placement) -> Any:

@@ -8,13 +8,12 @@ model itself says is seen on a few tokens, before anything is asked.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 OF_TEXTS, OF_TOKENS = "ForSequenceClassification", "ForTokenClassification"
 ENCODERS = (
@@ -69,7 +68,8 @@ def on_every_token(hf_model: Any) -> Any:
     result = _with_head(hf_model)
     each = expected.ndim == 3
     errors = []
-    for activation in _activations(result.head.activation):
+    # What may stand between the layers of a head: its own, or what a function does there.
+    for activation in (result.head.activation, *(kind() for kind in _ACTIVATIONS)):
         result.head.activation = activation
         with torch.no_grad():
             logits = result(ids).logits
@@ -77,21 +77,12 @@ def on_every_token(hf_model: Any) -> Any:
         if errors[-1] <= _TOLERANCE.get(expected.dtype, 2e-2):
             return result
     raise UnsupportedModel(
-        four_parts(
-            f"the answer of {type(hf_model).__name__} is not its head's on the first token",
-            f"a relative error of {min(errors):.2g}"
-            + _setting(hf_model.config, "classifier_pooling", ", classifier_pooling="),
-            "a head of one or two layers on the first token",
-            "Ask about the same encoder with a masked-LM head, or with a head on the first token.",
-        )
+        f"the answer of {type(hf_model).__name__} is not its head's on the first token",
+        f"a relative error of {min(errors):.2g}"
+        + _setting(hf_model.config, "classifier_pooling", ", classifier_pooling="),
+        "a head of one or two layers on the first token",
+        "Ask about the same encoder with a masked-LM head, or with a head on the first token.",
     )
-
-
-def _activations(own: Any) -> Iterator[Any]:
-    """Yields what may stand between the layers of a head: its own, where it has a module of it."""
-    if isinstance(own, nn.Module):
-        yield own
-    yield from (kind() for kind in _ACTIVATIONS)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -106,12 +97,10 @@ def _require_classes(hf_model: Any) -> None:
     if config.num_labels > 1 and not several and config.problem_type != "regression":
         return
     raise UnsupportedModel(
-        four_parts(
-            f"what {type(hf_model).__name__} answers is not one class of several",
-            f"num_labels={config.num_labels}{_setting(config, 'problem_type', ', problem_type=')}",
-            "two classes or more, of which one is right",
-            "Its probabilities would not be a softmax: ask about the encoder itself.",
-        )
+        f"what {type(hf_model).__name__} answers is not one class of several",
+        f"num_labels={config.num_labels}{_setting(config, 'problem_type', ', problem_type=')}",
+        "two classes or more, of which one is right",
+        "Its probabilities would not be a softmax: ask about the encoder itself.",
     )
 
 

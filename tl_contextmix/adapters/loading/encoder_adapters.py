@@ -175,7 +175,8 @@ class _Unrolled(nn.Module):
             for run in range(count)
             for layer in groups[int(run / (count / len(groups)))].albert_layers  # as it computes it
         ]
-        self.layers = nn.ModuleList(_sharing(layer) for layer in runs)
+        weights = {id(one): one for one in (*encoder.parameters(), *encoder.buffers())}
+        self.layers = nn.ModuleList(copy.deepcopy(layer, {**weights}) for layer in runs)
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **given: Any) -> Any:
         """Runs the layers one after the other."""
@@ -185,12 +186,6 @@ class _Unrolled(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **given)
         return BaseModelOutput(last_hidden_state=hidden_states)
-
-
-def _sharing(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module with its very weights."""
-    weights = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(weight): weight for weight in weights})
 
 
 class AlbertAdapter(_EncoderAdapter):

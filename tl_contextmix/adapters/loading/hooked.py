@@ -20,7 +20,7 @@ from tl_contextmix.adapters.loading.source import (
     load_tokenizer,
     official_name,
 )
-from tl_contextmix.errors import UnsupportedModel, four_parts, reason
+from tl_contextmix.errors import UnsupportedModel, reason
 
 _PARITY_TOLERANCE = 1e-3
 """Largest allowed difference in log-probability from the source, in float32. Correct conversions
@@ -37,18 +37,19 @@ def load_hooked(source: Source, placement: Placement) -> Any:
         return _hooked_class("causal").from_pretrained_no_processing(
             source.location, device=str(placement.device), dtype=placement.dtype
         )
-    hf_model = _hf_model(source, placement)
+    if source.kind == "masked":
+        hf_model = _bert_for_pretraining(source, placement)
+    else:
+        hf_model = source.auto.from_pretrained(source.location, dtype=placement.dtype).eval()
     try:
         model = _convert(source, hf_model, placement)
         _require_parity(source, hf_model, model)
     except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError) as error:
         raise UnsupportedModel(
-            four_parts(
-                f"cannot convert {source.label!r} for {_hooked_class(source.kind).__name__}",
-                reason(error),
-                "a model that TransformerLens converts correctly",
-                "Pass host='bridge' under TransformerLens 3, or use TransformerLens 4.",
-            )
+            f"cannot convert {source.label!r} for {_hooked_class(source.kind).__name__}",
+            reason(error),
+            "a model that TransformerLens converts correctly",
+            "Pass host='bridge' under TransformerLens 3, or use TransformerLens 4.",
         ) from error
     return model
 
@@ -62,19 +63,6 @@ def _hooked_class(kind: Kind) -> Any:
         "encoder-decoder": "HookedEncoderDecoder",
     }[kind]
     return getattr(transformer_lens, name)
-
-
-def _hf_model(source: Source, placement: Placement) -> Any:
-    """Returns the Hugging Face model in the form that TransformerLens' converters expect."""
-    import transformers
-
-    if source.kind == "masked":
-        return _bert_for_pretraining(source, placement)
-    auto = {
-        "causal": transformers.AutoModelForCausalLM,
-        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
-    }[source.kind]
-    return auto.from_pretrained(source.location, dtype=placement.dtype).eval()
 
 
 def _bert_for_pretraining(source: Source, placement: Placement) -> Any:

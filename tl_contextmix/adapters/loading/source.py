@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from tl_contextmix.adapters.loading.classifiers import classifies
+from tl_contextmix.adapters.loading.classifiers import OF_TEXTS, OF_TOKENS, classifies
 from tl_contextmix.adapters.recognition import major, require_no_images
 from tl_contextmix.adapters.refusals import QUANTIZED, quantized_in
 from tl_contextmix.demo_models import DEMO_NAMES
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad
 
 HostClass = Literal["hooked", "bridge"]
 Kind = Literal["causal", "masked", "encoder-decoder"]
@@ -48,29 +48,41 @@ class Source:
         """Hugging Face's class that the model is loaded with."""
         if self.hf_model is not None:
             return type(self.hf_model).__name__
-        named = (self.config.architectures or [""])[0]
-        if named and not self.headless:
-            return named
-        return str(_heads()[self.kind].get(self.config.model_type, named))
+        if self.written and not self.headless:
+            return self.written
+        return str(_heads()[self.kind].get(self.config.model_type, self.written))
+
+    @property
+    def written(self) -> str:
+        """The class that a checkpoint was written with, or an empty string."""
+        return (self.config.architectures or [""])[0]
 
     @property
     def headless(self) -> bool:
         """Whether the checkpoint holds an encoder without its prediction head (BertModel)."""
-        architecture = (self.config.architectures or [""])[0]
-        held = self.hf_model is not None
-        return (
-            not held
-            and self.kind == "masked"
-            and not self.classifier
-            and not architecture.endswith(("ForMaskedLM", "ForPreTraining"))
-        )
+        encoder = self.hf_model is None and self.kind == "masked" and not self.classifier
+        return encoder and not self.written.endswith(("ForMaskedLM", "ForPreTraining"))
 
     @property
     def classifier(self) -> bool:
         """Whether it is a classifier that is read with its head: on TransformerLens 4."""
-        held = self.hf_model
-        named = type(held).__name__ if held is not None else (self.config.architectures or [""])[0]
+        named = self.written if self.hf_model is None else type(self.hf_model).__name__
         return major() >= 4 and classifies(named, self.config.model_type)
+
+    @property
+    def auto(self) -> Any:
+        """Hugging Face's class that loads such models."""
+        import transformers
+
+        kinds: dict[str, Any] = {
+            "causal": transformers.AutoModelForCausalLM,
+            "masked": transformers.AutoModelForMaskedLM,
+            "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+            OF_TEXTS: transformers.AutoModelForSequenceClassification,
+            OF_TOKENS: transformers.AutoModelForTokenClassification,
+        }
+        ends = (kind for kind in (OF_TEXTS, OF_TOKENS) if self.architecture.endswith(kind))
+        return kinds[next(ends, self.kind)]
 
 
 @dataclass(frozen=True)
@@ -136,12 +148,10 @@ def held_source(model: Any, tokenizer: Any) -> Source:
     if kind is None:
         require_no_images(model)
         raise UnsupportedModel(
-            four_parts(
-                "cannot load this object as a model",
-                f"a {type(model).__module__}.{type(model).__name__}",
-                "a Hugging Face model with a language-modelling head, or the name or folder of one",
-                "Models of TransformerLens need no loading: pass them to the methods.",
-            )
+            "cannot load this object as a model",
+            f"a {type(model).__module__}.{type(model).__name__}",
+            "a Hugging Face model with a language-modelling head, or the name or folder of one",
+            "Models of TransformerLens need no loading: pass them to the methods.",
         )
     packed = quantized_in(model)
     if packed:
@@ -203,12 +213,10 @@ def _kind(config: Any, label: str) -> Kind:
         if config.model_type in heads[kind]:
             return kind
     raise UnsupportedModel(
-        four_parts(
-            f"cannot load {label!r}",
-            f"the architecture {architecture or config.model_type!r}",
-            "a causal language model, a masked language model or an encoder-decoder",
-            "If it is one of these, load it with TransformerLens and pass the object.",
-        )
+        f"cannot load {label!r}",
+        f"the architecture {architecture or config.model_type!r}",
+        "a causal language model, a masked language model or an encoder-decoder",
+        "If it is one of these, load it with TransformerLens and pass the object.",
     )
 
 
@@ -230,13 +238,11 @@ def choose_host(source: Source, host: HostClass | None) -> HostClass:
             return candidate
     other = [candidate for candidate, reason in reasons.items() if not reason]
     raise UnsupportedModel(
-        four_parts(
-            f"cannot load {source.label!r}",
-            f"a {source.config.model_type} model, but "
-            + " and ".join(reasons[candidate] for candidate in candidates),
-            "a TransformerLens class that runs it correctly",
-            f"Pass host={other[0]!r}." if other else "Install TransformerLens 3 or later.",
-        )
+        f"cannot load {source.label!r}",
+        f"a {source.config.model_type} model, but "
+        + " and ".join(reasons[candidate] for candidate in candidates),
+        "a TransformerLens class that runs it correctly",
+        f"Pass host={other[0]!r}." if other else "Install TransformerLens 3 or later.",
     )
 
 

@@ -25,7 +25,7 @@ from tl_contextmix.core.blocks import (
     shift,
 )
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 
 def check_rows(view: ModelView, probe: Probe) -> Iterator[CheckRow]:
@@ -203,12 +203,10 @@ def follow(
         cause = f"with hooks of your own at {', '.join(places[:3])}"
         cause += ", ..." if len(places) > 3 else ""
     raise UnsupportedModel(
-        four_parts(
-            f"this would not match the pass: {worst.identity} fails in {worst.where}, {cause}",
-            f"a relative error of {worst.error:.2g}",
-            f"at most {worst.tolerance:.0e}",
-            f"{_REMEDIES[identity]}. Remove other hooks, or pass a cache made without them.",
-        )
+        f"this would not match the pass: {worst.identity} fails in {worst.where}, {cause}",
+        f"a relative error of {worst.error:.2g}",
+        f"at most {worst.tolerance:.0e}",
+        f"{_REMEDIES[identity]}. Remove other hooks, or pass a cache made without them.",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 from tl_contextmix.results import storage
 from tl_contextmix.results.row_tables import RowTable
 
@@ -127,24 +127,19 @@ def require_identities(report: IdentityReport) -> None:
     worst = report.worst()
     if worst.identity == HUGGING_FACE:
         raise UnsupportedModel(
-            four_parts(
-                f"{report.model} does not compute what the Hugging Face model that it holds does",
-                f"a relative error of {worst.error:.2g} against the logits of {worst.where}",
-                f"at most {worst.tolerance:.0e}",
-                "TransformerLens reads this architecture, or this configuration of it, wrongly, or "
-                "modules of the bridge were replaced. Load it anew, under its own architecture, or "
-                "with another version of TransformerLens.",
-            )
+            f"{report.model} does not compute what the Hugging Face model that it holds does",
+            f"a relative error of {worst.error:.2g} against the logits of {worst.where}",
+            f"at most {worst.tolerance:.0e}",
+            "TransformerLens reads this architecture, or this configuration of it, wrongly, or "
+            "modules of the bridge were replaced. Load it anew, under its own architecture, or "
+            "with another version of TransformerLens.",
         )
     failed = sum(not row.ok for row in report.rows)
     raise UnsupportedModel(
-        four_parts(
-            f"{report.model} is not read correctly: {worst.identity} fails in {worst.where}",
-            f"a relative error of {worst.error:.2g} ({failed} of {len(report.rows)} identities "
-            "fail)",
-            f"at most {worst.tolerance:.0e}",
-            "TransformerLens' hooks may not show what the model computes, or its blocks may be "
-            "unsupported. See tl_contextmix.check(model), and try another class or version of "
-            "TransformerLens.",
-        )
+        f"{report.model} is not read correctly: {worst.identity} fails in {worst.where}",
+        f"a relative error of {worst.error:.2g} ({failed} of {len(report.rows)} identities fail)",
+        f"at most {worst.tolerance:.0e}",
+        "TransformerLens' hooks may not show what the model computes, or its blocks may be "
+        "unsupported. See tl_contextmix.check(model), and try another class or version of "
+        "TransformerLens.",
     )

@@ -14,25 +14,19 @@ from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_ite
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
-from tl_contextmix.methods.decoder_lens import (
-    Lens,
-    Listening,
-    read_references,
-    read_source,
-    read_tokens,
-)
+from tl_contextmix.methods.decoder_lens.answers import Lens
+from tl_contextmix.methods.decoder_lens.layerwise_decoder import Listening
+from tl_contextmix.methods.decoder_lens.references import read_references, read_source, read_tokens
 from tl_contextmix.results import (
     LIKELIHOOD_METRICS,
     LayerCurves,
     LayerwiseDecoding,
     LayerwiseLikelihood,
     LayerwiseScores,
-    Provenance,
 )
 from tl_contextmix.results.axes import positions
 from tl_contextmix.results.curves import category_groups
 from tl_contextmix.results.decodings import require_measurable
-from tl_contextmix.results.labels import package_version
 from tl_contextmix.results.likelihoods import by_token
 
 Mode = Literal["generate", "teacher_forced", "scores"]
@@ -216,21 +210,14 @@ def decoder_lens(
         references=read_references(found, references, len(sources)),
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        provenance=Provenance(
-            method="decoder_lens",
-            options={
+        provenance=found.provenance(
+            {
                 "layers": numbers,
                 "mode": mode,
                 "num_beams": num_beams,
                 "final_norm": final_norm,
                 "max_new_tokens": max_new_tokens,
-            },
-            model=found.name,
-            host=found.host,
-            host_version=found.host_version,
-            version=package_version(),
-            processing=found.processing,
-            fingerprint=found.fingerprint,
+            }
         ),
     )
     if plan.metrics:

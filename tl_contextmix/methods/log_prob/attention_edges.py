@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_contextmix.adapters.inputs import Given
 from tl_contextmix.adapters.passes import Pass, run_pass
+from tl_contextmix.adapters.verification import relative_error
 from tl_contextmix.core.blocks import AttentionSublayer
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.residual_stream import (
@@ -23,7 +24,7 @@ from tl_contextmix.core.score_forms import fit_turns
 from tl_contextmix.core.token_sums import FrozenNorm
 from tl_contextmix.engine.attention_scores import Edge, Ruler, Side, measure
 from tl_contextmix.engine.log_prob_scores import By, split_stream
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts, seen
+from tl_contextmix.errors import UnsupportedModel, bad, seen
 from tl_contextmix.results import ScoreContributions
 from tl_contextmix.results.components import Components, Grid, join, of_encoder
 
@@ -266,21 +267,15 @@ def _stages(
             return turned[0], turned[1], (True, True)
     found = []
     for one in both:
-        size = one.shown.abs().max().clamp(min=1e-30)
-        for after, x in ((False, one.raw), (True, one.side.finished(one.raw))):
-            close = x.shape == one.shown.shape and (x - one.shown).abs().max() / size
-            if close is not False and float(close) <= view.tolerance:
-                found.append(after)
-                break
+        shown = ((False, one.raw), (True, one.side.finished(one.raw)))
+        found += [a for a, x in shown if relative_error(x, one.shown) <= view.tolerance][:1]
     if len(found) == len(both):
         return query, key, (found[0], found[1])
     raise UnsupportedModel(
-        four_parts(
-            "queries and keys of this head are not read correctly",
-            f"{attention.query} or {attention.key}, which are not the stream times W_Q or W_K",
-            "linear maps of the normed stream, with or without a norm of their own",
-            "Take off hooks that edit queries or keys, if there are any.",
-        )
+        "queries and keys of this head are not read correctly",
+        f"{attention.query} or {attention.key}, which are not the stream times W_Q or W_K",
+        "linear maps of the normed stream, with or without a norm of their own",
+        "Take off hooks that edit queries or keys, if there are any.",
     )
 
 
@@ -292,10 +287,8 @@ def _require_sum(
     error /= max(abs(score), float(pairs.abs().max()), 1e-30)
     if not error <= view.tolerance:
         raise UnsupportedModel(
-            four_parts(
-                "the parts of this score do not add up",
-                f"a relative error of {error:.2g}, {attention.pattern}",
-                f"at most {view.tolerance:.0e}",
-                "Take off hooks of your own that edit queries, keys or scores.",
-            )
+            "the parts of this score do not add up",
+            f"a relative error of {error:.2g}, {attention.pattern}",
+            f"at most {view.tolerance:.0e}",
+            "Take off hooks of your own that edit queries, keys or scores.",
         )
