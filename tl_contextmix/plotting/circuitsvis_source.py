@@ -14,7 +14,6 @@ import json
 import re
 import zlib
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,11 +84,6 @@ def script() -> str:
     program = path.read_text(encoding="utf-8")
     program = re.sub(r"^//# sourceMappingURL=.*$", "", program, flags=re.MULTILINE)
     return re.sub(r"</(?=script)", r"<\\/", program, flags=re.IGNORECASE).strip()
-
-
-def library_version() -> str:
-    """Returns the version of CircuitsVis, for the foot of the page."""
-    return version("circuitsvis")
 
 
 @cache
