@@ -19,14 +19,7 @@ ENDINGS = (".html", ".json", ".csv", ".safetensors", *_PICTURES)
 
 @dataclass(frozen=True)
 class Wanted:
-    """How the result of a command is wanted.
-
-    Attributes:
-        output: File that it is written to, or None.
-        as_json: Whether JSON is printed.
-        csv: Whether a table is printed.
-        quiet: Whether nothing is printed.
-    """
+    """How the result of a command is wanted: in a file, as JSON, as a table, or not at all."""
 
     output: str | None
     as_json: bool

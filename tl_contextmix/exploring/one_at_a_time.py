@@ -24,19 +24,9 @@ State = Literal["running", "done", "refused", "stopped", "failed"]
 
 @dataclass(eq=False)
 class Call:
-    """One question and what became of it.
+    """One question, by a name that addresses have, and what became of it.
 
-    Attributes:
-        question: The question.
-        name: Of this call, as addresses have it.
-        state: What became of it.
-        step: What is under way.
-        done: Steps before that one.
-        message: Why there is no answer; empty if there is one.
-        html: The page.
-        likely: The most probable tokens.
-        seconds: How long it took.
-        mode: What stops it.
+    ``step`` is under way, ``done`` are those before it; ``message`` says why there is no answer.
     """
 
     question: TypedQuestion

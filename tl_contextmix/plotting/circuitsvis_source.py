@@ -14,7 +14,6 @@ import json
 import re
 import zlib
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,15 +43,22 @@ class Charts:
         self.maps = 0
         self._cells_left = PAGE_CELLS
 
-    def fits(self, cells: int) -> bool:
-        """Returns whether a chart of this many cells leaves the page quick enough."""
-        return cells <= min(CHART_CELLS, self._cells_left)
-
-    def add(self, component: str, props: dict[str, object], cells: int) -> str:
-        """Takes a chart in; returns the id of the element it needs."""
+    def add(self, panel: Samples) -> str:
+        """Takes texts in; returns the id of the element they need, empty where the page is slow."""
+        cells = sum(map(len, panel.tokens))
+        if cells > min(CHART_CELLS, self._cells_left):
+            return ""
+        props = {
+            "tokens": [[[[for_circuitsvis(token) for token in row] for row in panel.tokens]]],
+            "activations": [[[[rounded(value) for value in row] for row in panel.values]]],
+            "zerothDimensionName": "Memory",
+            "firstDimensionName": "Texts",
+            "zerothDimensionLabels": [for_circuitsvis(panel.name)],
+            "firstDimensionLabels": [for_circuitsvis(panel.unit)],
+        }
         digest = hashlib.sha1(json.dumps(props).encode(), usedforsecurity=False).hexdigest()
         element = f"cv-{digest[:12]}-{len(self.drawn)}"
-        self.drawn.append({"element": element, "component": component, "props": props})
+        self.drawn.append({"element": element, "component": "TopkSamples", "props": props})
         self.wanted = True
         self._cells_left -= cells
         return element
@@ -61,18 +67,6 @@ class Charts:
         """Returns all charts as JSON that can stand in a script element."""
         text = json.dumps(self.drawn, separators=(",", ":"), allow_nan=False)
         return text.replace("<", "\\u003c")
-
-
-def topk_samples(panel: Samples) -> dict[str, object]:
-    """Returns the properties of ``TopkSamples`` for texts whose largest numbers are positive."""
-    return {
-        "tokens": [[[[for_circuitsvis(token) for token in row] for row in panel.tokens]]],
-        "activations": [[[[rounded(value) for value in row] for row in panel.values]]],
-        "zerothDimensionName": "Memory",
-        "firstDimensionName": "Texts",
-        "zerothDimensionLabels": [for_circuitsvis(panel.name)],
-        "firstDimensionLabels": [for_circuitsvis(panel.unit)],
-    }
 
 
 @cache
@@ -85,11 +79,6 @@ def script() -> str:
     program = path.read_text(encoding="utf-8")
     program = re.sub(r"^//# sourceMappingURL=.*$", "", program, flags=re.MULTILINE)
     return re.sub(r"</(?=script)", r"<\\/", program, flags=re.IGNORECASE).strip()
-
-
-def library_version() -> str:
-    """Returns the version of CircuitsVis, for the foot of the page."""
-    return version("circuitsvis")
 
 
 @cache

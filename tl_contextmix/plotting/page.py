@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ class Page:
             pieces.append(_panels(self.panels, charts, None))
         for index, section in enumerate(self.sections):
             pieces.append(_section(section, index, charts))
-        drawn = f" with CircuitsVis {circuitsvis_source.library_version()}" * charts.wanted
+        drawn = f" with CircuitsVis {version('circuitsvis')}" * charts.wanted
         foot = (
             f"Made by tl_contextmix{drawn}. This page is complete in itself and makes no request."
         )

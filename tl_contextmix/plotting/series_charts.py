@@ -27,13 +27,7 @@ _DASHES = ("none", "6 3", "2 3", "8 3 2 3")
 
 @dataclass(frozen=True)
 class Axis:
-    """The vertical axis: round numbers that hold everything drawn.
-
-    Attributes:
-        low: Number at the bottom.
-        high: Number at the top.
-        step: From one line of the grid to the next.
-    """
+    """The vertical axis: round numbers that hold everything drawn, and the step of its grid."""
 
     low: float
     high: float

@@ -6,7 +6,7 @@ import math
 from functools import partial
 
 from tl_contextmix.plotting import colors, markup
-from tl_contextmix.plotting.circuitsvis_source import Charts, topk_samples
+from tl_contextmix.plotting.circuitsvis_source import Charts
 from tl_contextmix.plotting.display_text import (
     cells,
     data,
@@ -83,15 +83,13 @@ def draw_samples(panel: Samples, charts: Charts) -> str:
     CircuitsVis colours by value / largest and shows nothing of a text without a positive number:
     such texts are drawn here.
     """
-    count = sum(map(len, panel.tokens))
     finite = all(math.isfinite(value) for row in panel.values for value in row)
     positive = all(row and max(row) > 0 for row in panel.values)
     body = [
         draw_text(ColoredText(text, "", tokens, values, panel.unit), charts)
         for text, tokens, values in zip(panel.labels, panel.tokens, panel.values, strict=True)
     ] or [markup.note("There is nothing to show: no texts.")]
-    if panel.labels and finite and positive and charts.fits(count):
-        element = charts.add("TopkSamples", topk_samples(panel), count)
+    if panel.labels and finite and positive and (element := charts.add(panel)):
         # Unfolded until the chart is there: without scripts, or without CircuitsVis, it is not.
         chart = f'<div class="scroll" hidden><div class="cv single" id="{element}"></div></div>'
         body = [chart, markup.details("Numbers", "".join(body), unfolded=True)]

@@ -105,14 +105,9 @@ class ComponentSet(LabelledArray):
                 "Pass a list as long as the batch.",
             )
         best = self.top(k).components
-        columns = [
-            getattr(best, name).tolist() for name in ("kind", "layer", "expert", "head", "neuron")
-        ]
-        empty = best.is_empty().tolist()
-        sets = [
-            {one for one, none in zip(zip(*rows, strict=True), gone, strict=True) if not none}
-            for *rows, gone in zip(*columns, empty, strict=True)
-        ]
+        nowhere = torch.full_like(best.pos, -1)
+        same = replace(best, pos=nowhere, source=nowhere).numbers()
+        sets = [{*row[real].tolist()} for row, real in zip(same, ~best.is_empty(), strict=True)]
         found: dict[tuple[object, object], list[float]] = {}
         for row, mine in enumerate(sets):
             for other, theirs in enumerate(sets):

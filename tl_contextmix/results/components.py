@@ -151,7 +151,7 @@ class Components:
         return torch.isin(self.kind, numbers.to(self.kind.device))
 
 
-def short_name(kind: str, layer: int, **cut: int | None) -> str:
+def short_name(kind: str, layer: int | None, **cut: int | None) -> str:
     """Returns the short name of a component, by the numbers that cut it out of its sublayer."""
     point, *what = kind.removeprefix("encoder ").split()
     if what not in ([], ["feature"]) or not any(number is not None for number in cut.values()):

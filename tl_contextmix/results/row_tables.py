@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results.base import Result
@@ -12,7 +12,6 @@ from tl_contextmix.results.base import Result
 if TYPE_CHECKING:
     import pandas
 
-T = TypeVar("T", bound="RowTable")
 Cells = Mapping[str, "str | Callable[[Any], Any]"]
 """Columns of a table: heading, and the field that a row shows there, or a function of the row."""
 
@@ -41,7 +40,7 @@ class RowTable(Result):
     def _caption(self) -> str:
         return vars(self).get("caption", self.CAPTION)
 
-    def _joined(self: T, other: object) -> T:
+    def _joined(self, other: object) -> Any:
         """Returns the rows of both, under this one's heading."""
         if type(self) is not type(other):
             return NotImplemented

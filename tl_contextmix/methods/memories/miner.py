@@ -53,19 +53,7 @@ NEGATIVE = ("negative", "+-", "-+")
 
 @dataclass(frozen=True)
 class Miner:
-    """Which memories of which model are mined, and how.
-
-    Attributes:
-        view: The model.
-        blocks: The layers.
-        neurons: Neurons of each layer; None for all.
-        stack: The stack.
-        k: How many triggers of each memory.
-        unit: Whether every prefix can be a trigger, or the best one of each document.
-        tails: What is looked for.
-        duplicates: Whether the same context counts every time or once.
-        how: How the corpus is cut up.
-    """
+    """Which memories of which model are mined, and how; see `mine_triggers`."""
 
     view: ModelView
     blocks: tuple[Block, ...]

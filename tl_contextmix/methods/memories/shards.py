@@ -33,16 +33,7 @@ Malformed = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class Cutting:
-    """How a corpus is cut up.
-
-    Attributes:
-        shard_size: Documents in a shard.
-        batch_size: Documents in a batch.
-        too_long: What becomes of documents that are longer than the model's context.
-        malformed: What becomes of documents that cannot be read.
-        prepend_bos: Whether documents get a beginning-of-sequence token; None: model's default.
-        special: Whether positions of special tokens count.
-    """
+    """How a corpus is cut up, see `mine_triggers`."""
 
     shard_size: int
     batch_size: int
@@ -54,13 +45,7 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive documents.
-
-    Attributes:
-        index: Number of the shard.
-        first: Number of its first document.
-        documents: The documents.
-    """
+    """Consecutive documents, with the numbers of the shard and of the first of them."""
 
     index: int
     first: int
