@@ -318,7 +318,7 @@ LOOKS: dict[str, Callable[[GatedTerm, Tensor], tuple[Tensor, Tensor]]] = {
     "norms": lambda term, each: (term.norms(1), each.sum(3).norm(dim=-1)),
     "head norms": lambda term, each: (term.head_norms(), each.norm(dim=-1).permute(0, 3, 1, 2)),
     "heads": lambda term, each: (
-        term.heads([2, 0]).norms(2**20),
+        term.through([2, 0]).norms(2**20),
         each[:, :, :, [2, 0]].sum(3).norm(dim=-1),
     ),
     "through": lambda term, each: (

@@ -26,11 +26,6 @@ class GatedTerm(AttentionTerm):
     gate: Float[Tensor, "batch target head d_head"] = field(kw_only=True)
 
     @property
-    def held(self) -> int:
-        """How many numbers it holds besides those of the model and of the pass."""
-        return self.weight.numel()
-
-    @property
     def per_pair(self) -> int:
         """How many numbers it takes for a pair of target and source, besides the result."""
         return 2 * self.weight.shape[0] * self.weight.shape[1]
@@ -77,40 +72,21 @@ class GatedTerm(AttentionTerm):
 
     def row(self, batch: slice) -> GatedTerm:
         """Returns the read of some rows of the batch."""
-        return replace(
-            self,
-            pattern=self.pattern[batch],
-            value=self.value[batch],
-            scale=self.scale[batch],
-            gate=self.gate[batch],
-            span=None if self.span is None else self.span[:, batch],
-        )
+        return replace(super().row(batch), gate=self.gate[batch])
 
     def ready(self, sources: slice | None = None) -> GatedTerm:
         """Returns the read itself: there is nothing to keep."""
         return self
 
-    def through(self, heads: slice) -> GatedTerm:
-        """Returns a read of the same sources through some of its heads; none costs nothing."""
-        return self._of(heads)
-
-    def heads(self, group: Sequence[int]) -> GatedTerm:
-        """Returns the read of some heads alone."""
-        return self._of(list(group))
-
-    def _of(self, heads: slice | list[int]) -> GatedTerm:
-        return replace(
-            self,
-            pattern=self.pattern[:, heads],
-            value=self.value[:, :, heads],
-            weight=self.weight[heads],
-            gate=self.gate[:, :, heads],
-        )
+    def through(self, heads: slice | Sequence[int]) -> GatedTerm:
+        """Returns the read through some of its heads."""
+        heads = heads if isinstance(heads, slice) else list(heads)
+        return replace(super().through(heads), gate=self.gate[:, :, heads])
 
     def head_norms(self) -> Float[Tensor, "batch head target source"]:
         """Returns the norm each head reads from each source."""
         heads = range(self.pattern.shape[1])
-        return torch.stack([self.heads([head]).norms(0) for head in heads], dim=1)
+        return torch.stack([self.through([head]).norms(0) for head in heads], dim=1)
 
     def norms(self, max_bytes: int, *, whole: bool = True) -> Float[Tensor, "batch target source"]:
         """Returns the norm of the sum over heads, some sources at a time; always whole."""

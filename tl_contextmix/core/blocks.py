@@ -56,6 +56,42 @@ class EditPoints:
     stream: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sublayer:
+    """What all sublayers of a block have.
+
+    Attributes:
+        norm_in: Norm before it (pre-LN), or None.
+        norm_out: Norm of its output before the residual sum (sandwich), or None.
+        norm_after: Norm of the residual sum (post-LN), or None.
+        edits: Where hooks may edit what it writes.
+    """
+
+    norm_in: Norm | None = None
+    norm_out: Norm | None = None
+    norm_after: Norm | None = None
+    edits: EditPoints = EditPoints()
+
+    def raw_output(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some d_model"]:
+        """Returns what it computes in a pass at some places, before a norm of that."""
+        raise NotImplementedError
+
+    def output(
+        self, trace: Trace, where: Any = slice(None), raw: Tensor | None = None
+    ) -> Float[Tensor, "*some d_model"]:
+        """Returns what it adds to the residual stream at some places, edits included.
+
+        Args:
+            trace: The pass.
+            where: The places.
+            raw: What it computes there, where that is known already.
+        """
+        out = self.raw_output(trace, where) if raw is None else raw
+        out = out if self.norm_out is None else self.norm_out(out)
+        added = trace.edit(self.edits.out)
+        return shift(out, None if added is None else added[where])
+
+
 @dataclass(frozen=True)
 class ValueNorm:
     """An RMSNorm between the normed stream and the values; its gain is in W_V.
@@ -74,7 +110,7 @@ class ValueNorm:
 
 
 @dataclass(frozen=True)
-class AttentionSublayer:
+class AttentionSublayer(Sublayer):
     """One attention sublayer of a block.
 
     Attributes:
@@ -86,10 +122,6 @@ class AttentionSublayer:
         key: Name of the keys.
         weights: Reads ``W_Q b_Q W_K b_K W_V b_V W_O b_O``.
         scale: What scores are multiplied with (cross-attention), or None where it is not known.
-        norm_in: Norm before it (pre-LN), or None.
-        norm_out: Norm of its output before the residual sum (sandwich), or None.
-        norm_after: Norm of the residual sum (post-LN), or None.
-        edits: Where hooks may edit what it writes.
         window: How many tokens it reads at most, its own included, by the host's config; or None.
         value_norm: Norm between W_V and the values, or None.
         sink_scores: Name of the scores, where the softmax over them has one more logit per head
@@ -114,10 +146,6 @@ class AttentionSublayer:
     key: str
     weights: Weights = field(repr=False)
     scale: float | None = None
-    norm_in: Norm | None = None
-    norm_out: Norm | None = None
-    norm_after: Norm | None = None
-    edits: EditPoints = EditPoints()
     window: int | None = None
     value_norm: ValueNorm | None = None
     sink_scores: str = ""
@@ -202,29 +230,14 @@ class AttentionSublayer:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
 
-    def raw_output(
-        self, trace: Trace, rows: slice | list[int] = slice(None)
-    ) -> Float[Tensor, "batch target d_model"]:
-        """Returns what the sublayer computes at some targets, before a norm of its output."""
-        axes = "batch target head d_head, head d_head d_model -> batch target d_model"
-        mixed = trace.mixed(self)[:, rows]
+    def raw_output(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some d_model"]:
+        """Returns what it computes in a pass at some places, edits before a norm of it included."""
+        axes = "... head d_head, head d_head d_model -> ... d_model"
+        mixed = trace.mixed(self)[where]
         key = (self.mixed, self.weights)
         out = trace.once(key, mixed, lambda: einsum(mixed, self.W_O, axes))
         edit = trace.edit(self.edits.raw)
-        return shift(shift(out, self.b_O), None if edit is None else edit[:, rows])
-
-    def output(
-        self, trace: Trace, raw: Float[Tensor, "batch target d_model"] | None = None
-    ) -> Float[Tensor, "batch target d_model"]:
-        """Returns what the sublayer adds to the residual stream.
-
-        Args:
-            trace: The pass.
-            raw: `raw_output`, where it is known already.
-        """
-        out = self.raw_output(trace) if raw is None else raw
-        out = out if self.norm_out is None else self.norm_out(out)
-        return shift(out, trace.edit(self.edits.out))
+        return shift(shift(out, self.b_O), None if edit is None else edit[where])
 
     def term(self, trace: Trace, rows: slice | list[int] = slice(None)) -> AttentionTerm:
         """Returns what it writes at some targets of a pass, before a norm of its output."""
@@ -246,7 +259,7 @@ class AttentionSublayer:
 
 
 @dataclass(frozen=True)
-class Mixer:
+class Mixer(Sublayer):
     """A sublayer that mixes tokens without attention weights: linear attention, a state space.
 
     It reads what attention reads, and is one component of the stream: what it puts out.
@@ -255,29 +268,19 @@ class Mixer:
         out: Name of what it puts out.
         refusal: Why there is no map of it.
         d_model: Width of its output.
-        norm_in: Norm before it, or None.
-        norm_out: Norm of its output before the residual sum, or None.
-        edits: Where hooks may edit what it writes.
-        norm_after: Norm of the residual sum, or None.
     """
 
     out: str
     refusal: str
     d_model: int
-    norm_in: Norm | None = None
-    norm_out: Norm | None = None
-    edits: EditPoints = EditPoints()
-    norm_after: Norm | None = None
 
-    def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
-        """Returns what it adds to the residual stream."""
-        out = trace[self.out]
-        out = out if self.norm_out is None else self.norm_out(out)
-        return shift(out, trace.edit(self.edits.out))
+    def raw_output(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some d_model"]:
+        """Returns what it put out in a pass, before a norm of that."""
+        return trace[self.out][where]
 
 
 @dataclass(frozen=True)
-class FeedForward:
+class FeedForward(Sublayer):
     """The feed-forward sublayer: ``g(x W_in + b_in) W_out + b_out``, or gated.
 
     Gated: ``(g(x W_gate + b_gate) * (x W_in + b_in) + b_post) W_out + b_out``.
@@ -289,10 +292,6 @@ class FeedForward:
         weights: Reads ``W_in b_in W_gate b_gate b_post W_out b_out``.
         activation: The elementwise activation, or None where it is not one.
         refusal: Why the feed-forward block cannot be decomposed; empty where it can.
-        norm_in: Norm before it (pre-LN), or None.
-        norm_out: Norm of its output before the residual sum (sandwich), or None.
-        norm_after: Norm of the residual sum (post-LN), or None.
-        edits: Where hooks may edit what it writes.
         point: Where a dictionary stands (``"mlp"``, ``"resid_pre"``, ...) whose features the
             neurons are; empty for the model's own neurons.
         missing: Name of what the features miss of the model's own output, added in front of a norm
@@ -309,10 +308,6 @@ class FeedForward:
     weights: Weights = field(repr=False)
     activation: Activation | None = None
     refusal: str = ""
-    norm_in: Norm | None = None
-    norm_out: Norm | None = None
-    norm_after: Norm | None = None
-    edits: EditPoints = EditPoints()
     gain: Tensor | None = field(default=None, repr=False, compare=False)
     scales_input: bool = False
     bounds: tuple[float, float] | None = None
@@ -590,17 +585,12 @@ class FeedForward:
         return shift(found, trace[self.missing][where] if self.missing else None)
 
     def output(
-        self, trace: Trace, where: slice | Tensor | tuple[Tensor, ...] = slice(None)
+        self, trace: Trace, where: Any = slice(None), raw: Tensor | None = None
     ) -> Float[Tensor, "*some d_model"]:
-        """Returns what the sublayer adds to the residual stream at some places, edits included."""
-        raw, out = trace.edit(self.edits.raw), trace.edit(self.edits.out)
-        found = self.raw_output(trace, where)
-        found = shift(found, None if raw is None else raw[where])
-        found = found if self.norm_out is None else self.norm_out(found)
-        return shift(found, None if out is None else out[where])
-
-
-Sublayer = AttentionSublayer | Mixer | FeedForward
+        """Returns what it adds to the residual stream at some places, edits included."""
+        edit = trace.edit(self.edits.raw)
+        found = self.raw_output(trace, where) if raw is None else raw
+        return super().output(trace, where, shift(found, None if edit is None else edit[where]))
 
 
 def sum_names(sublayer: Sublayer) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ class _State:
         for one in block.sublayers[some]:
             if isinstance(one, AttentionSublayer):
                 raw = one.raw_output(trace)
-                out = one.output(trace, raw)
+                out = one.output(trace, raw=raw)
                 attentions.append((one, FrozenNorm.at(one.norm_out, raw)))
             else:
                 out = one.output(trace)

@@ -295,7 +295,7 @@ def freeze(
     for sublayer in block.attentions:
         lender, read = (None, None) if lent is None else (lent[0], lent[1][:, :, None])
         raw = sublayer.raw_output(trace)
-        after = stream + sublayer.output(trace, raw)
+        after = stream + sublayer.output(trace, raw=raw)
         frozen = _freeze_attention(sublayer, trace, stream, raw, after, lender)
         attentions.append(frozen)
         parts = frozen(parts, memory, constant=True, lent=read)

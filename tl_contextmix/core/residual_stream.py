@@ -34,7 +34,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Mixer, Trace, shift
+from tl_contextmix.core.blocks import (
+    AttentionSublayer,
+    Block,
+    FeedForward,
+    Sublayer,
+    Trace,
+    shift,
+)
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import FrozenNorm
@@ -393,16 +400,16 @@ def decompose_stream(
     return stream
 
 
-def _kinds(block: Block) -> list[tuple[Kind, AttentionSublayer | Mixer | FeedForward]]:
+def _kinds(block: Block) -> list[tuple[Kind, Sublayer]]:
     return [(_kind(sublayer), sublayer) for sublayer in block.sublayers]
 
 
-def _kind(sublayer: AttentionSublayer | Mixer | FeedForward) -> Kind:
+def _kind(sublayer: Sublayer) -> Kind:
     if isinstance(sublayer, FeedForward):
         return cast("Kind", sublayer.kind)
-    if isinstance(sublayer, Mixer):
-        return "mixer"
-    return "attn" if sublayer.kind == "self" else "cross_attn"
+    if isinstance(sublayer, AttentionSublayer):
+        return "attn" if sublayer.kind == "self" else "cross_attn"
+    return "mixer"
 
 
 def _entering(
@@ -420,7 +427,7 @@ def _entering(
 
 def _step(
     block: Block,
-    sublayer: AttentionSublayer | Mixer | FeedForward,
+    sublayer: Sublayer,
     trace: Trace,
     at: tuple[Tensor, Tensor],
     x: Tensor,
@@ -436,11 +443,12 @@ def _step(
         added = trace.edit(names)
         return None if added is None else added[at]
 
-    kind, missing = _kind(sublayer), None
+    kind, missing, constant = _kind(sublayer), None, x.new_zeros(x.shape[1])
+    parts: dict[str, Any] = {}
     if isinstance(sublayer, AttentionSublayer):
         pattern, gate = trace.mixing(sublayer)[at[0], :, at[1]], trace.gate(sublayer)
         value = trace.value(sublayer) if whole else trace.value(sublayer)[at[0]]
-        parts: dict[str, Any] = {
+        parts = {
             "pattern": pattern,
             "value": value if gate is None else value * gate[at][:, None],
             "weight": sublayer.W_O,
@@ -450,23 +458,18 @@ def _step(
         if sublayer.mixed in trace.changed:
             parts["mixed"] = mixed = trace.mixed(sublayer)[at]
         raw = torch.einsum("bhd,hdm->bm", mixed, parts["weight"])
-        b_O = sublayer.b_O
-        constant = raw.new_zeros(raw.shape[1]) if b_O is None else b_O
-    elif isinstance(sublayer, OpaqueFeedForward):
-        parts = {"refusal": sublayer.refusal}
-        raw = trace[sublayer.post][at]
-        constant = raw.new_zeros(raw.shape[1])
-    elif isinstance(sublayer, Mixer):
-        parts, raw = {}, trace[sublayer.out][at]
-        constant = raw.new_zeros(raw.shape[1])
-    else:
+        constant = shift(constant, sublayer.b_O)
+    elif isinstance(sublayer, FeedForward) and sublayer.neurons_known:
         held = sublayer.followed(trace, at)
         parts = {"post": sublayer.coefficients(trace, at), "sublayer": held}
-        raw = held.write(parts["post"])
-        constant = held.constant()
+        raw, constant = held.write(parts["post"]), held.constant()
         if sublayer.missing:
             missing = trace[sublayer.missing][at]
             raw = raw + missing
+    else:
+        raw = sublayer.raw_output(trace, at)
+        if isinstance(sublayer, OpaqueFeedForward):
+            parts = {"refusal": sublayer.refusal}
     constant = shift(constant, edit(sublayer.edits.raw))
     raw = raw + constant
     norm_out = FrozenNorm.at(sublayer.norm_out, raw)

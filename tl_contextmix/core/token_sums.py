@@ -300,19 +300,15 @@ class AttentionTerm:
         first = 0 if sources is None else sources.start
         return replace(self, kept=self.vectors(sources), first=first)
 
-    def through(self: T, heads: slice) -> T:
+    def through(self: T, heads: slice | Sequence[int]) -> T:
         """Returns a read of the same sources through some of its heads; none costs nothing."""
-        pattern, value = self.pattern[:, heads], self.value[:, :, heads]
-        return replace(self, pattern=pattern, value=value, weight=self.weight[heads], kept=None)
-
-    def heads(self: T, group: Sequence[int]) -> T:
-        """Returns the read of some heads alone."""
-        index = list(group)
+        heads = heads if isinstance(heads, slice) else list(heads)
+        pattern = self.pattern[:, heads]
         return replace(
             self,
-            pattern=self.pattern[:, index],
-            value=self.value[:, :, index],
-            weight=self.weight[: len(index)] if self.shared else self.weight[index],
+            pattern=pattern,
+            value=self.value[:, :, heads],
+            weight=self.weight[: pattern.shape[1]] if self.shared else self.weight[heads],
             kept=None,
         )
 
@@ -537,28 +533,19 @@ class TokenSum:
 
         On the host where all terms have their `span`; of some heads alone it may then be wider.
         """
-        rows = self.bias.shape[1]
-        if self.terms and all(read.span is not None for read in self.terms):
-            return self._looked_up(rows)
-        touched = torch.zeros(rows, self.sources, dtype=torch.bool, device=self.bias.device)
+        known = all(read.span is not None for read in self.terms)
+        rows, device = self.bias.shape[1], "cpu" if known else self.bias.device
+        first = torch.full((rows,), self.sources, device=device)
+        last = torch.zeros_like(first)
         for read, span, owned in self.segments():
-            touched[:, span] = (read.pattern != 0).flatten(0, 1).any(dim=0)
+            if read.pattern.shape[1]:
+                found = read.span if known else ends_of((read.pattern != 0).any(dim=1))
+                assert found is not None
+                low, high = found[0].amin(dim=0), found[1].amax(dim=0)
+                first = first.minimum((low + span.start).masked_fill(high == 0, self.sources))
+                last = last.maximum((high + span.start).masked_fill(high == 0, 0))
             if owned:
-                touched[:, span].diagonal().fill_(True)
-        return ends_of(touched)
-
-    def _looked_up(self, rows: int) -> Int[Tensor, "2 target"]:
-        """Returns `ends` from what is known on the host."""
-        first, last = torch.full((rows,), self.sources), torch.zeros(rows, dtype=torch.long)
-        for read, span, owned in self.segments():
-            if read.pattern.shape[1] and read.span is not None:
-                low, high = read.span[0].amin(dim=0), read.span[1].amax(dim=0)
-                nothing = high == 0
-                low = (low + span.start).masked_fill(nothing, self.sources)
-                first = first.minimum(low)
-                last = last.maximum((high + span.start).masked_fill(nothing, 0))
-            if owned:
-                own = torch.arange(span.start, span.start + rows)
+                own = torch.arange(span.start, span.start + rows, device=device)
                 first, last = first.minimum(own), last.maximum(own + 1)
         return torch.stack([first, last])
 

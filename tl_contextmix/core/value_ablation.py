@@ -114,8 +114,8 @@ class ValueAblation:
 
     def heads(self, group: Sequence[int]) -> ValueAblation:
         """Returns the replay in which only some heads' values are zeroed."""
-        found = tuple(replace(branch, read=branch.read.heads(group)) for branch in self.branches)
-        return replace(self, read=self.read.heads(group), branches=found, reached={})
+        found = tuple(replace(branch, read=branch.read.through(group)) for branch in self.branches)
+        return replace(self, read=self.read.through(group), branches=found, reached={})
 
     def folded(
         self,
@@ -383,18 +383,19 @@ def ablate_values(
         UnsupportedModel: If the feed-forward activation is not elementwise.
     """
     picked = slice(None) if rows is None else list(rows)
+    where = slice(None), picked
     attention = block.attention(kind)
     if block.ending is not None:
-        held = block.ending.followed(trace, (slice(None), picked))
+        held = block.ending.followed(trace, where)
         block = replace(block, ending=held)
     kinds: list[str] = [attention.kind for attention in block.attentions]
     position = kinds.index(kind)
     stream = x = trace.resid_in(block)[:, picked]
     for earlier in block.attentions[:position]:
         stream = shift(stream, _added(earlier, trace, picked))
-        stream = earlier.join(stream, earlier.raw_output(trace, picked))
+        stream = earlier.join(stream, earlier.raw_output(trace, where))
     for mixer in block.mixers:  # beside attention: it reads the same, and does not change
-        stream = stream + mixer.output(trace)[:, picked]
+        stream = stream + mixer.output(trace, where)
     read = attention.term(trace, picked)
     ff, fixed, pre = block.feed_forward, None, None
     if ff is not None:
@@ -405,7 +406,7 @@ def ablate_values(
         attention=attention,
         read=read,
         before=shift(stream, _added(attention, trace, picked)),
-        raw=attention.raw_output(trace, picked),
+        raw=attention.raw_output(trace, where),
         branches=(),
         later=tuple(_later(a, trace, picked) for a in block.attentions[position + 1 :]),
         fixed=fixed,

@@ -282,7 +282,7 @@ def _grouped(read: AttentionTerm, groups: list[list[int]], max_bytes: int) -> Te
     """Returns the norms of the parts that groups of heads read [batch group target source]."""
     if all(len(group) == 1 for group in groups):
         return read.head_norms()[:, [head for (head,) in groups]]
-    return torch.stack([read.heads(group).norms(max_bytes) for group in groups], dim=1)
+    return torch.stack([read.through(group).norms(max_bytes) for group in groups], dim=1)
 
 
 @method(cites=("kobayashi2021incorporating", "kobayashi2024analyzing"))
