@@ -30,6 +30,7 @@ BAD_QUESTIONS = [
         {"target": 3, "foil": ["cat", "the cat"]},
         r"another number of tokens.*a target of 1 and a foil of 2 in text 1.*subtract log_prob",
     ),
+    ({"target": {3, 4}, "foil": {4, 3}}, r"the foil is the target.*got the tokens \[\[3, 4\]\]"),
     ({"foil": 3}, r"a foil needs a target: got foil=3 and no target"),
     ({"target": 3, "foil": 61}, r"this is no foil: got 61"),
     ({"target": "the cat", "pos": 1}, r"has its own positions: got pos=1.*2 tokens"),
