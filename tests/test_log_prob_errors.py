@@ -27,7 +27,7 @@ BAD_QUESTIONS = [
         r"target is not one token: got 'the cat', which is 2: 'the', 'cat'.*pass an id",
     ),
     (
-        {"target": 3, "foil": ["cat", "the cat"]},
+        {"target": 4, "foil": ["cat", "the cat"]},
         r"another number of tokens.*a target of 1 and a foil of 2 in text 1.*subtract log_prob",
     ),
     ({"target": {3, 4}, "foil": {4, 3}}, r"the foil is the target.*got the tokens \[\[3, 4\]\]"),
