@@ -1,6 +1,6 @@
 """What mining costs over a bare forward pass, and what reading values as tokens costs.
 
-``python benchmarks/memories.py [--quick]`` prints four Markdown tables. Operations do not depend on
+``python benchmarks/memories.py [--quick]`` prints five Markdown tables. Operations do not depend on
 the machine; seconds are medians, on as many threads as PyTorch takes.
 """
 
@@ -233,6 +233,22 @@ def table(values: int, d_model: int, d_vocab: int) -> None:
     )
 
 
+def on_text(layers: int, d_model: int, d_vocab: int, length: int = 64) -> None:
+    """Prints operations of `ff_memories` on a text, first call or later one, in forward passes."""
+    model = gpt2(layers, d_model, d_vocab)
+    ids = torch.randint(d_vocab, (1, length), generator=torch.Generator().manual_seed(1))
+    view = as_view(model)
+    once = flops(partial(view.run, make_batch(view, Given(ids)), []), elementwise=False)
+    whole = flops(partial(cm.ff_memories, model, ids), elementwise=False) / once
+    readout = 2 * d_model * d_vocab / once
+    # The pass has read the last stream.
+    states = 1 + (3 * layers - 1) * length * readout
+    every = layers * view.blocks()[0].feed_forward.width * readout
+    say(f"\nMemories of {length} tokens: {layers} layers, d={d_model}, V={d_vocab:,}; in passes\n")
+    say("| ff_memories | of it a pass and states as tokens | all values as tokens |\n|---|---|---|")
+    say(f"| {whole:.1f} | {states:.1f} | {every:.0f} |")
+
+
 def corpus(tokens: int) -> None:
     """Prints speed and memory of mining sentences of the embedded model's grammar."""
     grammar = Grammar(5, "train")
@@ -276,6 +292,7 @@ def main() -> int:
         corpus(tokens)
         merging(2_000 if quick else 36_864)
         table(256 if quick else 3_072, 128 if quick else 768, 5_000 if quick else 50_257)
+        on_text(2 if quick else 12, 128 if quick else 768, 5_000 if quick else 50_257)
         for layers in (2,) if quick else (4, 12):
             rows = mining(layers, 128 if quick else 768, 4, (10, K, 50))
             say(f"\nMining, and a hook with a running top-k\n\n{markdown(MINING, rows)}")

@@ -27,9 +27,10 @@ BAD_QUESTIONS = [
         r"target is not one token: got 'the cat', which is 2: 'the', 'cat'.*pass an id",
     ),
     (
-        {"target": 3, "foil": ["cat", "the cat"]},
+        {"target": 4, "foil": ["cat", "the cat"]},
         r"another number of tokens.*a target of 1 and a foil of 2 in text 1.*subtract log_prob",
     ),
+    ({"target": {3, 4}, "foil": {4, 3}}, r"the foil is the target.*got the tokens \[\[3, 4\]\]"),
     ({"foil": 3}, r"a foil needs a target: got foil=3 and no target"),
     ({"target": 3, "foil": 61}, r"this is no foil: got 61"),
     ({"target": "the cat", "pos": 1}, r"has its own positions: got pos=1.*2 tokens"),

@@ -245,6 +245,8 @@ ROWS = [
     # A masked LM's head is read in one way, and BART has no norm to fold or to freeze.
     Row(cm.ff_memories, "projection", ("model", "frozen"), "probability", only=NORMED),
     Row(cm.ff_memories, "projection", ("frozen", "none"), "probability", only=NORMED),
+    Row(cm.ff_memories, "k", (1, 2), "promoted", only=SINGLE),
+    Row(cm.ff_memories, "pos", (0, [0, 1]), "promoted", only=SINGLE),
     Row(values, "layer", LAYERS, "logits", only=SINGLE),
     Row(values, "neurons", ([0], [3]), "logits", only=SINGLE),
     Row(values, "k", (1, 2), "logits", only=SINGLE),

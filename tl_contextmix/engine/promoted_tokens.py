@@ -44,7 +44,7 @@ def promoted(view: ModelView, block: Block, reader: Unembedding) -> Int[Tensor, 
     """
     key = _key(block, reader)
     if key not in view.tables:
-        parts = _values(block).split(_TOGETHER)
+        parts = values(require_feed_forward(block)).split(_TOGETHER)
         what = f"what values of layer {block.layer} promote"
         bar = tqdm(parts, desc=what, unit="part", delay=2, leave=False, disable=None)
         view.tables[key] = torch.cat([_promoted(part, reader) for part in bar])
@@ -83,72 +83,67 @@ def promoted_at(
     known = [table for table in tables if table is not None]
     if len(known) == len(tables):
         return torch.stack(known)
-    numbers = [some + layer * 2 * width for layer, some in enumerate(named)]
-    vectors = [
-        reader.hidden(_values(block)[some // 2] * (1 - some % 2 * 2)[:, None])
-        for block, some in zip(blocks, named, strict=True)
-    ]
     sizes, d_model = _sizes(reader), reader.W_U.shape[0]
-    together = max(1, _HELD // (2 * width * d_model * vectors[0].element_size()))
-    for part in stretches(len(blocks), together):
-        which, some = _agreeing(readout, blocks[part], found[part], sizes)
-        numbers.append(which + part.start * 2 * width)
-        vectors.append(some)
+    together = max(1, _HELD // (2 * width * d_model * found[0].coefficients.element_size()))
+    parts = [
+        (one + 2 * width * part.start, vectors)
+        for part in stretches(len(blocks), together)
+        for one, vectors in _asked(readout, blocks[part], found[part], named[part], sizes)
+    ]
+    numbers, vectors = map(torch.cat, zip(*parts, strict=True))
     # Read as whole layers are, which breaks ties in the same way.
-    tokens = reader.scan(torch.cat(vectors), sides=1).ids[:, 0, 0]
+    tokens = reader.scan(vectors, sides=1).ids[:, 0, 0]
     result = tokens.new_full((len(blocks) * width * 2,), -1)
-    result[torch.cat(numbers)] = tokens
+    result[numbers] = tokens
     return result.view(len(blocks), width, 2)
 
 
-def _agreeing(
+def _asked(
     readout: LayerReadout,
     blocks: Sequence[Block],
     found: Sequence[LayerComposition],
+    named: Int[Tensor, "layer some"],
     sizes: tuple[Tensor, Tensor],
-) -> tuple[Int[Tensor, " row"], Float[Tensor, "row d_model"]]:
-    """Returns the active memories that may promote the top token of their layer's output.
+) -> list[tuple[Int[Tensor, " row"], Float[Tensor, "row d_model"]]]:
+    """Returns the named memories, and active ones that may promote their output's top token.
 
     Their logit of it is the highest of all tokens, as far as rounding lets one see.
 
     Returns:
         Numbers of [layer neuron side], and what W_U multiplies.
     """
-    reader, rows = readout.table, list[tuple[Tensor, Tensor, Tensor]]()
-    for block, one in zip(blocks, found, strict=True):
-        vectors, columns = _values(block), reader.W_U[:, one.ffn_top]
-        for sign, active in zip((1, -1), readout.firing(one), strict=False):
+    reader, W_U = readout.table, readout.table.W_U
+    asked, rows = [], list[tuple[Tensor, Tensor, Tensor, Tensor]]()
+    for layer, (block, one, some) in enumerate(zip(blocks, found, named, strict=True)):
+        vectors, columns = values(require_feed_forward(block)), W_U[:, one.ffn_top]
+        every = torch.arange(2 * len(vectors), device=some.device) + 2 * len(vectors) * layer
+        signed = vectors[some // 2] * (1 - some % 2 * 2)[:, None]
+        asked.append((every[some], reader.hidden(signed)))
+        for side, active in enumerate(readout.firing(one)):
             for part in stretches(len(vectors), _TOGETHER):
-                hidden = reader.hidden(vectors[part] * sign)
+                hidden = reader.hidden(vectors[part] * (1 - 2 * side))
                 logits = reader.finish(hidden @ columns, one.ffn_top)
                 best, room = logits.amax(1), _rounding(hidden, sizes)
                 alike = logits >= (best - room)[:, None]
-                rows.append(((alike & active[:, part].T).any(1), best + room, hidden))
-    wanted, limits, hidden = map(torch.cat, zip(*rows, strict=True))
-    left, start, asked = _where(wanted, 0.5), 0, len(found[0].ffn_top)
-    limits, hidden = limits[left], hidden[left]
-    while start < reader.W_U.shape[1] and len(left):
-        room = TILE_BYTES // (4 * hidden.element_size() * len(left))
+                agree = (alike & active[:, part].T).any(1)
+                rows.append((agree, every[side::2][part], best + room, hidden))
+    agree, *left = map(torch.cat, zip(*rows, strict=True))
+    # Once for all these layers: a GPU is waited for.
+    stay, start, tops = _where(agree, 0.5), 0, len(found[0].ffn_top)
+    numbers, limits, hidden = (one[stay] for one in left)
+    while start < W_U.shape[1] and len(numbers):
+        room = TILE_BYTES // (4 * hidden.element_size() * len(numbers))
         columns = slice(start, start + max(1, min(max(start // 2, _FIRST), room)))
-        logits = reader.finish(hidden @ reader.W_U[:, columns], columns)
-        stay = _where(logits.amax(1) <= limits, (asked + start) / (asked + columns.stop))
-        left, limits, hidden, start = left[stay], limits[stay], hidden[stay], columns.stop
-    sides, width = len(readout.firing(found[0])), found[0].coefficients.shape[1]
-    layer, side, neuron = (
-        left.div(sides * width, rounding_mode="floor"),
-        left.div(width, rounding_mode="floor") % sides,
-        left % width,
-    )
-    return (layer * width + neuron) * 2 + side, hidden
+        logits = reader.finish(hidden @ W_U[:, columns], columns)
+        stay = _where(logits.amax(1) <= limits, (tops + start) / (tops + columns.stop))
+        numbers, limits, hidden = (one[stay] for one in (numbers, limits, hidden))
+        start = columns.stop
+    return [*asked, (numbers, hidden)]
 
 
 def _where(mask: Tensor, share: float) -> Int[Tensor, " some"]:
     """Returns where a mask is true, and on shapes alone how often it is in a random model."""
     return torch.arange(round(share * len(mask))) if mask.is_meta else mask.nonzero()[:, 0]
-
-
-def _values(block: Block) -> Float[Tensor, "neuron d_model"]:
-    return values(require_feed_forward(block))
 
 
 def _sizes(reader: Unembedding) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ MAX_GIB = 4.0
 _FLOPS, _FLOPS_ELSEWHERE = 1e13, 1e15
 
 ALWAYS_ESTIMATED = (
-    *("memories", "ff_memories"),  # they read the values of all neurons, of any text
+    *("memories", "ff_memories"),  # they read values as tokens, however short the text
     *("integrated_gradients", "attention_knockout"),  # many runs at once
 )
 """What `Limits.surely` does not know."""

@@ -23,8 +23,8 @@ from tl_contextmix.adapters.questions.positions import masks, predicting_rows
 from tl_contextmix.adapters.questions.targets import (
     Steps,
     names_of_each,
+    require_contrast,
     require_known,
-    require_same_lengths,
     steps_of_each,
     warn_about_spaces,
 )
@@ -182,7 +182,7 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
             "Pass target=, the token that the foil is contrasted with.",
         )
     if target is not None and foil is not None:
-        require_same_lengths(target, foil)
+        require_contrast(target, foil)
     require_known(view, target, "target")
     require_known(view, foil, "foil")
     several = target is not None and any(len(steps) > 1 for steps in target)

@@ -161,9 +161,16 @@ def _not_one(view: ModelView, text: str, found: list[int], name: str) -> Invalid
     )
 
 
-def require_same_lengths(target: Sequence[Steps], foil: Sequence[Steps]) -> None:
-    """Raises an InvalidInput if a foil has not as many tokens as its target."""
+def require_contrast(target: Sequence[Steps], foil: Sequence[Steps]) -> None:
+    """Raises an InvalidInput if a foil is its target, or has not as many tokens."""
     for number, (asked, other) in enumerate(zip(target, foil, strict=True)):
+        if [*map(set, asked)] == [*map(set, other)]:
+            raise bad(
+                "the foil is the target, so that every score would be 0",
+                f"the tokens {[sorted(step) for step in asked]} for both in text {number}",
+                "a foil with another token",
+                "Pass another foil=, or none for the score of the target alone.",
+            )
         if len(asked) != len(other):
             raise bad(
                 "a foil has another number of tokens than the target",
