@@ -116,10 +116,7 @@ def test_a_foil_is_a_bound_of_its_own() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "bart", "llama"])
 def test_an_answer_has_the_probability_that_hugging_face_gives_it(family: str) -> None:
-    if family == "bart" and zoo.major() == 2:
-        pytest.skip("TransformerLens 2 has no encoder-decoder that works")
-    case = case_of(family)
-    model, hf = zoo.shared(case), zoo.hf_model(family)
+    model, hf = zoo.shared(case_of(family)), zoo.hf_model(family)
     prompts = [[5, 9, 17], [5, 8]]
     answers = [[11, 6], [13, 7, 12]]
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
@@ -190,8 +187,6 @@ def test_every_position_at_once_is_each_alone(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_what_follows_from_an_answer_of_several_tokens(family: str) -> None:
-    if family == "bart" and zoo.major() == 2:
-        pytest.skip("TransformerLens 2 has no encoder-decoder that works")
     model, given = shared(case_of(family))
     prompt = given.tokens[:1]
     start: dict[str, Any] = (
@@ -215,7 +210,6 @@ def test_what_follows_from_an_answer_of_several_tokens(family: str) -> None:
     for layer in range(len(view.blocks())):
         chosen = neurons.components.neuron[1][neurons.components.layer[1] == layer].tolist()
         ff = view.blocks()[layer].feed_forward
-        assert ff is not None
         if chosen:
 
             def edit(tensor: Tensor, chosen: list[int] = chosen) -> Tensor:
@@ -225,7 +219,6 @@ def test_what_follows_from_an_answer_of_several_tokens(family: str) -> None:
 
             edits[ff.post] = edit
     logits = view.run(batch, [], edits=edits).logits
-    assert logits is not None
     expected = log_odds(logits[0, int(neurons.pos[1])].double(), [6], [7])
     if family == "gpt2":  # a bias of W_out's input is part of BART's neurons, too: none here
         assert float(fallen.after[1, 0]) == pytest.approx(float(expected), abs=1e-9)
@@ -315,8 +308,6 @@ def test_what_a_model_says_is_its_answer(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "bart"])
 def test_saliency_of_a_contrast_is_the_gradient_of_it(family: str) -> None:
-    if family == "bart" and zoo.major() == 2:
-        pytest.skip("TransformerLens 2 has no encoder-decoder that works")
     model, given = shared(case_of(family))
     plain: dict[str, Any] = {**keywords(given), "pos": -1}
     ofs: tuple[Any, ...] = ("logit", "log_prob")
@@ -341,7 +332,6 @@ def signed(model: Any, given: zoo.Inputs, token: int, of: str) -> Tensor:
     with torch.enable_grad():
         edits = {name: lambda tensor, name=name: leaves[name] for name in names}
         logits = view.run(batch, [], edits=edits, grad=True).logits
-        assert logits is not None
         last = logits[:, -1].double()
         value = {
             "logit": last[:, token],

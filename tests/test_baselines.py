@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import bound, host_trace, keywords, relative, stacks, view_of
+from asked import bound, case_of, host_trace, keywords, relative, shared, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -47,20 +47,12 @@ def short(case: zoo.Case, tokens: int = 3) -> zoo.Inputs:
     return zoo.Inputs(given.tokens[:, :tokens], None if decoder is None else decoder[:, :2])
 
 
-def family(name: str) -> zoo.Case:
-    """The first host of a family."""
-    found = [case for case in CASES if case.family == name]
-    if not found:
-        pytest.skip(f"{name} does not load on this version")
-    return found[0]
-
-
 # Attention and its rollout
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_attention_is_what_hugging_face_says_and_rolls_out_as_its_paper(name: str) -> None:
-    case = family(name)
+    case = case_of(name)
     given = zoo.inputs(case)
     with torch.no_grad():
         weights = torch.stack(
@@ -114,18 +106,6 @@ def test_globenc_and_alti_equal_literal_loops(case: zoo.Case) -> None:
                 assert relative(kept, expected) <= bound(case), (stack, method, max_bytes)
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
-def test_globenc_without_norms_behind_the_sums_is_the_norm_at_resid_mid(case: zoo.Case) -> None:
-    model, given = zoo.shared(case), zoo.inputs(case)
-    stack = "encoder" if case.encoder_decoder else None
-    block = view_of(model).blocks(stack)[0]
-    post = block.attentions[0].norm_after is not None
-    kwargs = {"stack": stack, **keywords(given)}
-    found = globenc(model, given.tokens, **kwargs).scores
-    middle = cm.attention_norms(model, given.tokens, at="resid_mid", **kwargs).scores
-    assert (relative(found, middle) <= 1e-12) == (not post)
-
-
 @pytest.mark.once
 def test_globenc_computes_layers_anew_in_which_heads_cancel() -> None:
     """One of several layers: heads that read the same, and write opposites but for a little."""
@@ -139,7 +119,7 @@ def test_globenc_computes_layers_anew_in_which_heads_cancel() -> None:
     with zoo_build.quiet():
         tokenizer = zoo_build.rows.FAMILIES["gpt2"].tokenizer
         model = zoo_build.bridge(hf, tokenizer, dtype=torch.float64, processed=False)
-    tokens = zoo.inputs(family("gpt2")).tokens
+    tokens = zoo.inputs(case_of("gpt2")).tokens
     expected = cm.decompose(model, tokens, at="resid_mid").norms().scores
     assert float(expected[:, 1, 0].tril(-1).max()) < 1e-5
     assert relative(globenc(model, tokens).scores, expected) <= 1e-12
@@ -200,26 +180,8 @@ def test_decompx_equals_a_literal_loop_over_tokens_and_heads(case: zoo.Case) -> 
         assert relative(found.bias[0, layer], shift) <= limit, layer
 
 
-@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
-def test_the_first_layer_of_decompx_is_the_one_layer_decomposition(case: zoo.Case) -> None:
-    if case.family in zoo.OPAQUE_FEED_FORWARD:
-        pytest.skip("no slope per neuron")
-    model, given = zoo.shared(case), zoo.inputs(case)
-    stack = "encoder" if case.encoder_decoder else None
-    kwargs = {"stack": stack, "layer": 0, **keywords(given)}
-    found = decompx_vectors(model, given.tokens, **kwargs)
-    one = cm.decompose(model, given.tokens, at="block_out", **kwargs)
-    # The value's constant part travels with its token in one layer and is a bias over many.
-    read = view_of(model).blocks(stack)[0].attentions[0]
-    norm_bias = None if read.norm_in is None else read.norm_in.bias
-    constant = [b for b in (read.weights("b_V"), norm_bias) if b is not None and bool(b.any())]
-    assert (relative(found.parts, one.parts) <= bound(case)) == (not constant)
-    assert (relative(found.bias, one.bias) <= bound(case)) == (not constant)
-
-
 def test_decompx_is_not_rolled_out_twice_and_gives_the_layers_asked_for() -> None:
-    case = family("gpt2")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("gpt2"))
     whole = decompx(model, given.tokens)
     with pytest.raises(cm.InvalidInput, match="cannot be rolled out"):
         whole.rollout()
@@ -229,8 +191,7 @@ def test_decompx_is_not_rolled_out_twice_and_gives_the_layers_asked_for() -> Non
 
 
 def test_decompx_refuses_vectors_that_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = family("gpt2")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("gpt2"))
     view = view_of(model)
     weights = view.blocks()[0].attentions[0].weights
     values = weights("W_V")
@@ -286,7 +247,7 @@ def test_padding_scores_nothing_and_changes_nothing(method: Any, case: zoo.Case)
 @pytest.mark.parametrize("name", ["gpt2", "bert", "bart", "t5"])
 @pytest.mark.parametrize("method", MAPS.values(), ids=list(MAPS))
 def test_a_cache_gives_the_same_map(method: Any, name: str) -> None:
-    case = family(name)
+    case = case_of(name)
     model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     names = []
@@ -322,7 +283,7 @@ def by_hand(hf: Any, module: Any, tokens: Tensor, targets: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "neox"])
 def test_gradient_x_input_equals_autograd_on_the_hugging_face_model(name: str) -> None:
-    case, hf = family(name), zoo.hf_model(name)
+    case, hf = case_of(name), zoo.hf_model(name)
     tokens, targets = zoo.inputs(case).tokens, [5, 7]
     module = {
         "gpt2": lambda: hf.transformer.drop,
@@ -377,7 +338,7 @@ def test_gradients_are_the_slopes_of_finite_differences(case: zoo.Case, of: Any)
 )
 def test_integrated_gradients_are_complete(name: str) -> None:
     """To as many digits as the bias says they lack; post-LN models need few steps."""
-    case = family(name)
+    case = case_of(name)
     model = zoo.shared(case)
     asked = asked_of(model, zoo.inputs(case))
     zero = {key: torch.zeros_like(x) for key, x in asked.inputs.items()}
@@ -392,14 +353,12 @@ def test_integrated_gradients_are_complete(name: str) -> None:
 
 @pytest.mark.once
 def test_integrated_gradients_equal_a_riemann_sum() -> None:
-    case = family("bert")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("bert"))
     asked = asked_of(model, given, target=3)
     ((name, x),) = asked.inputs.items()
     total = asked.slopes_along((torch.arange(400) + 0.5) / 400, torch.full((400,), 1 / 400))[name]
     found = integrated_gradients(model, given.tokens, target=3, pos=-1)
     assert relative(found.scores[:, 0, 0, 0], (total * x).norm(dim=-1)) <= 1e-4
-    assert found.bias is not None
     assert float(found.bias.max()) <= 1e-7
 
 
@@ -439,7 +398,7 @@ def test_what_the_steps_miss_is_said(
     steps: int, warned: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
     warnings.simplefilter("always")
-    case = family("bert")
+    case = case_of("bert")
     found = integrated_gradients(zoo.shared(case), zoo.inputs(case).tokens, steps=steps, pos=-1)
     assert found.bias is not None
     said = [str(one.message) for one in recwarn if one.category is ContextMixWarning]
@@ -451,7 +410,7 @@ def test_what_the_steps_miss_is_said(
 @pytest.mark.once
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_hooks_see_the_sentences_that_were_given(direction: Any) -> None:
-    case = family("gpt2")
+    case = case_of("gpt2")
     model, given = zoo.build(case), zoo.inputs(case)
     point = next(
         n for n in ("blocks.0.mlp.hook_out", "blocks.0.hook_mlp_out") if n in model.hook_dict
@@ -472,20 +431,18 @@ def test_a_prediction_that_never_changes_has_nothing_to_miss(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
     warnings.simplefilter("always")
-    case = family("gpt2")
+    case = case_of("gpt2")
     model, given = zoo.build(case), zoo.inputs(case)
     last = view_of(model).blocks()[-1].resid_out
     model.add_hook(last, lambda activation, hook: activation * 0)
     found = integrated_gradients(model, given.tokens, steps=3, pos=-1)
-    assert found.bias is not None
     assert not bool(found.scores.any() or found.bias.any())
     assert not [one for one in recwarn if one.category is ContextMixWarning]
 
 
 @pytest.mark.once
 def test_everything_given_may_come_from_inference_mode() -> None:
-    case = family("bart")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("bart"))
     plain = gradient_x_input(model, given.tokens, **keywords(given)).scores
     with torch.inference_mode():
         asked = {name: value.clone() for name, value in keywords(given).items()}
@@ -520,7 +477,7 @@ def test_saliency_labels_rows_padding_and_the_model(case: zoo.Case, name: str) -
 
 
 def test_saliency_refuses_what_it_cannot_answer() -> None:
-    case = family("gpt2")
+    case = case_of("gpt2")
     model, tokens = zoo.shared(case), zoo.inputs(case).tokens
     wrong: list[dict[str, Any]] = [
         {"target": 10**6},
@@ -549,7 +506,7 @@ def test_saliency_refuses_what_it_cannot_answer() -> None:
 
 @pytest.mark.once
 def test_gradients_close_to_zero_do_not_overflow_and_others_are_refused() -> None:
-    case = family("mistral")  # behind an RMSNorm of 1e-6 gradients are large
+    case = case_of("mistral")  # behind an RMSNorm of 1e-6 gradients are large
     given, model = zoo.inputs(case), zoo.build(case, dtype=torch.float16)
     asked: dict[str, Any] = {"steps": 4, "target": 7}
     found = integrated_gradients(model, given.tokens, **asked).scores

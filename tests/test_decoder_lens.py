@@ -195,16 +195,6 @@ def test_scores_are_the_logits_of_the_model_without_later_blocks(case: zoo.Case)
     assert ids.tokens == (7, 9)
 
 
-@EACH
-def test_the_final_norm_is_applied_where_there_is_one(case: zoo.Case) -> None:
-    model, tokens = untouched(case), zoo.inputs(case).tokens
-    with_norm, without = (
-        cm.decoder_lens(model, tokens, mode="scores", target=[7, 9], final_norm=norm).logits
-        for norm in (True, False)
-    )
-    assert bool((with_norm != without).all()) == (case.family not in ("bart", "marian"))
-
-
 # One batch
 
 

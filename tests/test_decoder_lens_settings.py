@@ -13,11 +13,11 @@ import zoo
 import zoo_build
 import zoo_configs
 from asked import case_of, view_of
+from test_decoder_lens import outputs
 from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.encoder_decoder.generation_config import _OF_SOURCE_TOKENS, _REFUSED
-from tl_contextmix.results import LayerwiseDecoding
 
 pytestmark = pytest.mark.once
 
@@ -54,14 +54,6 @@ def bridge(shared: Any) -> Iterator[Any]:
 
 def tokens() -> Tensor:
     return zoo.inputs(BART[0], batch=3).tokens
-
-
-def said(found: LayerwiseDecoding, layer: int) -> list[list[int]]:
-    """What was said from a layer, padding left out."""
-    return [
-        row[real].tolist()
-        for row, real in zip(found.ids[:, layer], found.mask[:, layer], strict=True)
-    ]
 
 
 FOLLOWED: dict[str, Any] = {
@@ -111,10 +103,10 @@ def test_a_setting_is_followed_from_every_layer(bridge: Any, name: str) -> None:
             right = oracle.said(
                 short, tokens(), max_new_tokens=LENGTH, num_beams=beams, **wanted
             ).tolist()
-            for row, answer in enumerate(said(found, layer)):
+            for row, answer in enumerate(outputs(found, layer)):
                 assert right[row][: len(answer)] == answer, (beams, layer, row)
                 assert set(right[row][len(answer) :]) <= {reference().config.pad_token_id}
-            changed |= said(found, layer) != said(plain, layer)
+            changed |= outputs(found, layer) != outputs(plain, layer)
     assert changed == (name not in _SILENT)
 
 
@@ -257,5 +249,5 @@ def test_an_mt5_has_no_scale_before_its_unembedding() -> None:
         right = oracle.logits(short, given.tokens, given.decoder_tokens)[:, -1, [7, 9]]
         torch.testing.assert_close(found.logits[:, layer], right, rtol=1e-5, atol=1e-5)
         answers = oracle.said(short, given.tokens, max_new_tokens=LENGTH).tolist()
-        for answer, one in zip(answers, said(spoken, layer), strict=True):
+        for answer, one in zip(answers, outputs(spoken, layer), strict=True):
             assert answer[: len(one)] == one

@@ -9,43 +9,19 @@ import oracle_decoding as oracle
 import pytest
 import torch
 import zoo_build
+import zoo_others
 from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.encoder_decoder.generation_config import _OF_SOURCE_TOKENS
 
 LENGTH, PAD = 8, 60
-_CONFIG = {
-    "vocab_size": 61,
-    "num_mel_bins": 8,
-    "encoder_layers": 3,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "d_model": 32,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "max_source_positions": 12,
-    "max_target_positions": 32,
-    "pad_token_id": PAD,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-}
 
 
 @functools.cache
 def whisper() -> Any:
     """A tiny random Whisper that ends some of its answers."""
-    model = zoo_build.hugging_face(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        _CONFIG,
-        dtype=torch.float64,
-        seed=0,
-    )
+    model = zoo_others.whisper()
     said = generate(model, features(), min_new_tokens=LENGTH)
     model.generation_config.eos_token_id = int(said[0, 3])
     return model
@@ -162,13 +138,7 @@ def test_other_speech_models_are_refused() -> None:
     "rate", ["dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"]
 )
 def test_a_model_that_drops_activations_is_refused(rate: str) -> None:
-    model = zoo_build.hugging_face(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {**_CONFIG, rate: 0.1},
-        dtype=torch.float64,
-        seed=0,
-    ).train()
+    model = zoo_others.whisper(**{rate: 0.1}).train()
     with pytest.raises(cm.InvalidInput, match=r"in train mode.*model.eval\(\)"):
         cm.decoder_lens(model, features())
     cm.decoder_lens(model.eval(), features(), mode="scores", target=[7])

@@ -14,6 +14,7 @@ import torch
 import zoo
 import zoo_build
 import zoo_configs
+import zoo_others
 from asked import case_of
 from torch import Tensor
 
@@ -328,31 +329,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def whisper(**settings: Any) -> Any:
     """A tiny random Whisper with generation settings."""
-    model = zoo_build.hugging_face(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {
-            "vocab_size": 61,
-            "num_mel_bins": 8,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "d_model": 32,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48,
-            "max_source_positions": 12,
-            "max_target_positions": 32,
-            "pad_token_id": 60,
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-            "decoder_start_token_id": START,
-            "suppress_tokens": None,
-            "begin_suppress_tokens": None,
-        },
-        dtype=torch.float64,
-        seed=0,
-    )
+    model = zoo_others.whisper(encoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48)
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
     return model

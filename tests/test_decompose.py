@@ -17,6 +17,7 @@ from asked import (
     keywords,
     points,
     relative,
+    shared,
     stacks,
     view_of,
 )
@@ -216,8 +217,7 @@ def test_more_tokens_than_dimensions() -> None:
 @pytest.mark.parametrize("bias", BIASES)
 def test_a_mixing_ratio_is_that_of_the_parts(bias: Bias) -> None:
     """2021, eq. 8, at points whose rows are never all in memory."""
-    case = case_of("gpt2")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("gpt2"))
     for point in POINTS:
         parts = cm.decompose(model, given.tokens, at=point, bias=bias).parts
         own = parts.diagonal(dim1=2, dim2=3).movedim(-1, 2)
@@ -392,13 +392,6 @@ def test_two_tokens_by_hand_that_read_an_encoder() -> None:
         assert row(block, trace, "resid_post", stack) == (parts, [12, 22])
 
 
-def test_rms_norm_keeps_the_mean() -> None:
-    norm = Norm("rms", None, None, 0.0)
-    x = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    torch.testing.assert_close(norm(x), x / math.sqrt(12.5))
-    torch.testing.assert_close(norm.linear(x), x)
-
-
 def test_points_are_named_in_the_order_data_flows() -> None:
     assert POINTS == ("attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out")
 
@@ -444,8 +437,7 @@ def test_norms_of_several_points_by_hand(norm: Norm | None, asked: tuple[Point, 
 
 
 def test_padding_on_either_side_is_masked() -> None:
-    case = case_of("bart")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("bart"))
     mask = torch.ones_like(given.tokens)
     mask[1, -2:] = 0
     for real in (mask, torch.ones_like(mask)):

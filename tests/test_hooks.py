@@ -156,7 +156,6 @@ def host_points(model: Any, given: zoo.Inputs) -> list[dict[str, Tensor]]:
     seen, found = recorded(model, given, every), []
     for layer, block in enumerate(view_of(model).blocks()[:2]):
         pre, attn, mlp, post, read = (seen[f"blocks.{layer}.hook_{name}"] for name in names)
-        assert block.feed_forward is not None
         points = {
             "attn_out": attn,
             # A bridge shows what its norm reads, which an edit of it leaves the stream out of.
@@ -223,15 +222,15 @@ def frozen_log_probs(model: Any, vectors: list[Tensor], target: Tensor) -> Tenso
     """Log-probabilities of a target after each vector is added, the final norm's scale held."""
     readout = view_of(model).readout
     norm, W_U, b_U = readout.norm, readout.weights("W_U"), readout.weights("b_U")
-    assert norm is not None
-    assert norm.weight is not None
-    assert norm.bias is not None
-    assert W_U is not None
-    assert b_U is not None
     states = torch.stack([torch.zeros_like(vectors[0]), *vectors], dim=1).cumsum(1)
     whole = states[:, -1:] - states[:, -1:].mean(-1, keepdim=True)
     scale = (whole.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    assert norm.bias is not None
+    assert norm.weight is not None
+    assert norm is not None
     hidden = (states - states.mean(-1, keepdim=True)) / scale * norm.weight + norm.bias
+    assert b_U is not None
+    assert W_U is not None
     log_probs = (hidden @ W_U + b_U).log_softmax(-1)
     return log_probs.gather(-1, target[:, None].expand(-1, states.shape[1], 1))[..., 0]
 
@@ -281,7 +280,6 @@ def test_changed_heads_and_ablated_neurons_are_components_as_they_are(case: zoo.
     model, given = shared(case)
     block = view_of(model).blocks()[0]
     ff = block.feed_forward
-    assert ff is not None
     edits = [("blocks.0.attn.hook_z", mean_heads), ("blocks.0.mlp.hook_post", ablate_neuron)]
     names = ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "mlp.hook_post"]
     with model.hooks(fwd_hooks=edits):
@@ -330,7 +328,6 @@ def test_values_are_zeroed_in_the_edited_pass(case: zoo.Case) -> None:
     view = view_of(model)
     block = view.blocks()[0]
     attention, ff = block.attentions[0], block.feed_forward
-    assert ff is not None
     bridge = hasattr(model, "original_model")
     edits: list[tuple[str, Edit]] = [(attention.mixed, ablate_head)]
     for sublayer in (attention, ff):
@@ -494,7 +491,6 @@ def test_an_addition_in_front_of_a_norm_passes_it(case: zoo.Case) -> None:
     model, given = shared(case)
     block = view_of(model).blocks()[0]
     attention, ff = block.attentions[0], block.feed_forward
-    assert ff is not None
     for name, label in (
         (attention.edits.stream[0], "L0 resid_mid steering"),
         (ff.edits.stream[0], "L0 resid_post steering"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import bound, case_of, keywords, relative, stacks, view_of
+from asked import bound, case_of, keywords, relative, shared, stacks, view_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,8 +107,7 @@ def test_every_point_is_the_hosts_own_tensor(case: zoo.Case) -> None:
 
 
 def test_aliases_of_the_bridge_are_not_what_they_say() -> None:
-    case = case_of("bert", host="TransformerBridge")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("bert", host="TransformerBridge"))
     _, cache = model.run_with_cache(given.tokens)
     for point in ("attn_out", "resid_mid"):
         found = cm.decompose(model, given.tokens, at=point, layer=0)
@@ -177,32 +176,27 @@ def test_models_that_transformer_lens_builds_itself() -> None:
 # Refusals
 
 
+# What a refusal names, by family.
+SEEN = {
+    "mamba": "got SSMBlockBridge",
+    "led": "got LEDForConditionalGeneration",
+    "olmo2": "got a relative error of",
+    "t5": "HookedEncoderDecoder",
+    "vit": "got ViTForImageClassification",
+    "wav2vec2": "got Wav2Vec2ForCTC",
+    "hubert": "got HubertForCTC",
+}
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_models_that_would_be_wrong_are_refused_by_name(case: zoo.RefusedCase) -> None:
-    model = case.build()
-    tokens = torch.tensor([[5, 6, 7]])
     with pytest.raises(cm.UnsupportedModel, match=case.match) as raised:
-        cm.attention_norms(model, tokens)
+        cm.attention_norms(case.build(), torch.tensor([[5, 6, 7]]))
     message = str(raised.value)
     # What failed, the value seen, what was expected, what to do.
     assert all(part in message for part in (": got ", "; expected ", ". "))
     assert message.endswith(".")
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals_name_what_they_saw(case: zoo.RefusedCase) -> None:
-    seen = {
-        "mamba": "got SSMBlockBridge",
-        "led": "got LEDForConditionalGeneration",
-        "olmo2": "got a relative error of",
-        "t5": "HookedEncoderDecoder",
-        "vit": "got ViTForImageClassification",
-        "wav2vec2": "got Wav2Vec2ForCTC",
-        "hubert": "got HubertForCTC",
-    }
-    with pytest.raises(cm.UnsupportedModel) as raised:
-        as_view(case.build())
-    assert seen[case.family] in str(raised.value)
+    assert SEEN[case.family] in message
 
 
 def test_attention_of_a_solu_model_is_answered() -> None:
@@ -294,8 +288,7 @@ def test_fused_attention_is_named_with_the_way_out() -> None:
 
 
 def test_a_head_that_was_never_trained_reads_nothing_out() -> None:
-    case = case_of("bert")
-    model = zoo.build(case)
+    model = zoo.build(case_of("bert"))
     # Loaders mark an encoder that was published without its head.
     model._tl_contextmix_headless = True
     report = cm.check(model)
@@ -308,12 +301,8 @@ def test_a_head_that_was_never_trained_reads_nothing_out() -> None:
 # Processed weights
 
 
-def processed_case() -> zoo.Case:
-    return case_of("gpt2")
-
-
 def test_fresh_and_switched_off_weights_are_not_called_processed() -> None:
-    case = processed_case()
+    case = case_of("gpt2")
     model = zoo.build(case)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -330,7 +319,6 @@ def test_fresh_and_switched_off_weights_are_not_called_processed() -> None:
 # Cost
 
 
-@pytest.mark.slow
 class Numbers(TorchDispatchMode):
     """How many numbers PyTorch computes while it is active."""
 

@@ -90,8 +90,7 @@ def test_heads_and_neurons_vanish(case: zoo.Case) -> None:
 
 
 def test_the_mean_is_that_of_real_tokens() -> None:
-    case = case_of("gpt2")
-    model, given = shared(case)
+    model, given = shared(case_of("gpt2"))
     mask = torch.ones_like(given.tokens)
     mask[0, 4:] = 0
     view = view_of(model)
@@ -120,8 +119,7 @@ def test_the_mean_is_that_of_real_tokens() -> None:
 
 
 def test_random_controls_are_as_many_others_of_the_same_kinds() -> None:
-    case = case_of("gpt2")
-    model, given = shared(case)
+    model, given = shared(case_of("gpt2"))
     best = cm.log_prob_contributions(model, given.tokens, by="ff_neuron").top(4)
     found = knocked(model, given, neurons=best, controls=3)
     assert found.controls.shape == (2, 3, 3)
@@ -134,9 +132,12 @@ def test_random_controls_are_as_many_others_of_the_same_kinds() -> None:
     heads = [(layer, head) for layer in range(3) for head in range(4)]
     with pytest.raises(cm.InvalidInput, match=r"not enough others.*1 others in attn for 11"):
         knocked(model, given, heads=heads[:11], controls=1)
-    half = knocked(model, given, heads=heads[:6], controls=1, target=9)
-    rest = knocked(model, given, heads=heads[6:], target=9)
-    torch.testing.assert_close(half.controls[:, 0], rest.after)
+    # With all others as the control, removing these is that control: by means, by their own.
+    for replace_with in ("zero", "mean"):
+        options = {"target": 9, "replace_with": replace_with}
+        half = knocked(model, given, heads=heads[:6], controls=1, **options)
+        rest = knocked(model, given, heads=heads[6:], **options)
+        torch.testing.assert_close(half.controls[:, 0], rest.after)
     frame = found.summary()
     assert frame.when.tolist() == ["before", "after", "control"] * 3
     middle = frame[(frame.quantity == "log_prob") & (frame.when == "control")]["mean"].item()
@@ -144,8 +145,7 @@ def test_random_controls_are_as_many_others_of_the_same_kinds() -> None:
 
 
 def test_what_cannot_be_knocked_out() -> None:
-    case = case_of("gpt2")
-    model, given = shared(case)
+    model, given = shared(case_of("gpt2"))
     for by in ("layer", "position", "head_position"):
         found = cm.log_prob_contributions(model, given.tokens, by=by).top(2)
         with pytest.raises(cm.InvalidInput, match=f"cannot be chosen.*a result by {by}"):
@@ -265,13 +265,3 @@ def test_one_pass_for_each_set(replace_with: str) -> None:
         )
     assert len(passes) == 2 + 5
     assert found.controls.shape[1] == 5
-
-
-def test_the_mean_of_a_control_is_its_own() -> None:
-    """With all other heads as the control, removing them by their means is that control."""
-    model, given = shared(case_of("gpt2"))
-    heads = [(layer, head) for layer in range(3) for head in range(4)]
-    options = {"replace_with": "mean", "target": 9}
-    half = knocked(model, given, heads=heads[:6], controls=1, **options)
-    rest = knocked(model, given, heads=heads[6:], **options)
-    torch.testing.assert_close(half.controls[:, 0], rest.after)

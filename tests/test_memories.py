@@ -35,11 +35,6 @@ from tl_contextmix.methods.memories import shards
 ALL = [case for case in zoo.cases() if case.family != "attn_only"]
 
 
-def states_read(view: Any, x: Tensor) -> Tensor:
-    """Logits of states as the model reads its last stream."""
-    return view.readout(x)
-
-
 def values_read(view: Any, vectors: Tensor) -> Tensor:
     """Logits of values, by the projection that suits the model, written out."""
     W_U = view.readout.weights("W_U")
@@ -85,13 +80,13 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
     gated = blocks[0].feed_forward.gated
     for index, block in enumerate(blocks):
         ff = block.feed_forward
-        assert ff is not None
         m, v = found.coefficients[:, index], ff.W_out
         added = m @ v + ff.followed(trace).constant()
         added = added if ff.norm_out is None else ff.norm_out(added)
         assert relative(added, host_value(block, trace, "mlp_out", "self")) <= bound(case)
         # What values promote, and the readouts of the whole model beside it.
         for side, sign in enumerate((1, -1)):
+            assert ff is not None
             logits = values_read(view, sign * value_vectors(ff))
             assert torch.equal(found.promoted[index, :, side], logits.argmax(-1))
             rows = static.layer == index
@@ -105,10 +100,10 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
             assert relative(static.entropy[rows, side], entropy) < 1e-9
         # Composition, by argmax over the whole vocabulary.
         residual, output = block.middle(trace), block.output(trace)
-        tops = [states_read(view, x).argmax(-1) for x in (residual, added, output)]
+        tops = [view.readout(x).argmax(-1) for x in (residual, added, output)]
         for name, top in zip(("residual_top", "ffn_top", "output_top"), tops, strict=True):
             assert torch.equal(getattr(found, name)[:, index], top)
-        p = states_read(view, residual).softmax(-1)
+        p = view.readout(residual).softmax(-1)
         there = p.gather(-1, found.final_top[..., None])[..., 0]
         assert relative(found.probability[:, index], there) < 1e-6
         signed = torch.where(m > 0, found.promoted[index, :, 0], found.promoted[index, :, 1])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zoo_build
+import zoo_others
 from asked import EXACT, relative
 from test_decoder_lens_speech import features, whisper
 from torch import Tensor
@@ -174,11 +175,7 @@ def test_whisper_s_words_are_explained() -> None:
 
 
 def made_whisper() -> Any:
-    from test_decoder_lens_speech import _CONFIG
-
-    fused = zoo_build.hugging_face(
-        "WhisperForConditionalGeneration", "WhisperConfig", _CONFIG, dtype=torch.float64, seed=0
-    )
+    fused = zoo_others.whisper()
     fused.set_attn_implementation("sdpa")
     return fused
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import zoo_build
-from zoo_configs import BERT_LIKE, D_VOCAB, TokenizerKind
+from zoo_configs import BERT_LIKE, D_MODEL, D_VOCAB, TokenizerKind
 
 from tl_contextmix import load_model
 
@@ -554,6 +554,34 @@ def direct(kind: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> 
         dtype=dtype,
         seed=0,
     )
+
+
+_WHISPER = {
+    "vocab_size": D_VOCAB,
+    "num_mel_bins": 8,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "d_model": D_MODEL,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_source_positions": 12,
+    "max_target_positions": 32,
+    "pad_token_id": 60,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
+
+def whisper(**options: Any) -> Any:
+    """A tiny random Whisper of Hugging Face's, some options of its configuration changed."""
+    names = ("WhisperForConditionalGeneration", "WhisperConfig")
+    config = {**_WHISPER, **options}
+    return zoo_build.hugging_face(*names, config, dtype=torch.float64, seed=0)
 
 
 def build(
