@@ -23,8 +23,8 @@ from tl_contextmix.adapters.encoder_decoder.generation_config import (
     require_followed,
 )
 from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
-from tl_contextmix.adapters.inputs.labelling import provenance
 from tl_contextmix.adapters.norm_reading import final_norm_modules
+from tl_contextmix.adapters.passes import provenance
 from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
 from tl_contextmix.adapters.tokenizers import Labels, name_tokens, text_of
 from tl_contextmix.adapters.verification import probe_batch, relative_error

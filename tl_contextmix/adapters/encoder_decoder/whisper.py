@@ -19,7 +19,6 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     special_ids,
 )
 from tl_contextmix.adapters.inputs.activation_cache import describe
-from tl_contextmix.adapters.inputs.labelling import package_version
 from tl_contextmix.adapters.recognition import maths_dtype
 from tl_contextmix.adapters.running import require_no_autocast, require_no_dropout
 from tl_contextmix.adapters.tokenizers import in_frame, piece_of, text_of
@@ -27,6 +26,7 @@ from tl_contextmix.adapters.unbridged import Place, keeping
 from tl_contextmix.adapters.weight_processing import fingerprint
 from tl_contextmix.errors import InvalidInput, bad, warn
 from tl_contextmix.results import Provenance
+from tl_contextmix.results.labels import package_version
 
 
 def is_speech(model: object) -> bool:
