@@ -131,8 +131,8 @@ def of_view(
     )
 
 
-# The view of a model when a plain copy of it was made (a new one means new weights), the copy, which
-# decodes for the model, or None, and why there is none.
+# The view of a model when a plain copy of it was made (a new one means new weights); the copy, or
+# None; and why there is none.
 _Twin = tuple[ModelView, Any, str]
 _TWINS: weakref.WeakKeyDictionary[nn.Module, _Twin] = weakref.WeakKeyDictionary()
 
