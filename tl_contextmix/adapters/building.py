@@ -81,8 +81,7 @@ def build(facts: Facts, weights: Weights) -> tuple[ModelView, IdentityReport]:
     the hooks do to a pass is checked on that pass.
     """
     model = facts.model
-    first = next(model.parameters())
-    handle = Handle(weakref.ref(model), facts.host, maths_dtype(first), first.device)
+    handle = _handle(facts)
     splices = find_splices(model)
     # A host's own activation may have trained parameters (xIELU).
     with without_hooks(model, splices), _unreadable(facts), torch.no_grad():
@@ -141,6 +140,11 @@ def _in_reading(error: BaseException) -> bool:
     """Whether an error arose in what is recomputed here, not in the model's own forward pass."""
     frames = (frame for frame, _ in walk_tb(error.__traceback__))
     return all(frame.f_globals.get("__name__") != make_runner.__module__ for frame in frames)
+
+
+def _handle(facts: Facts) -> Handle:
+    first = next(facts.model.parameters())
+    return Handle(weakref.ref(facts.model), facts.host, maths_dtype(first), first.device)
 
 
 def _name(facts: Facts) -> str:

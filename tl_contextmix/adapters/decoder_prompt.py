@@ -23,11 +23,9 @@ from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
 
 @dataclass(frozen=True)
 class Prompt:
-    """A decoder's prompt.
+    """A decoder's prompt: the start token, and the one that is forced after it.
 
-    Attributes:
-        ids: The start token, and the one that is forced after it.
-        caution: What the tokenizer knows and ``generate`` does not; empty if they agree.
+    ``caution`` is what the tokenizer knows and ``generate`` does not; empty if they agree.
     """
 
     ids: tuple[int, ...]

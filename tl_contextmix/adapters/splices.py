@@ -97,14 +97,13 @@ def stand_ins(model: Any, splices: Sequence[str], *, around: bool) -> Iterator[N
     """
     registry = model.__dict__.get("_hook_registry")
     table: dict[str, Any] = model.hook_dict if registry is None else registry
-    before = {path: table.get(path) for path in splices}
     places = []
     for path in splices:
         parent, _, name = path.rpartition(".")
-        places.append((model.get_submodule(parent)._modules, name))
-    modules = [own[name] for own, name in places]
+        own = model.get_submodule(parent)._modules
+        places.append((path, own, name, own[name], table.get(path)))
     try:
-        for path, module, (own, name) in zip(splices, modules, places, strict=True):
+        for path, own, name, module, _ in places:
             point: Any = around_point()() if around else hook_point()()
             point.name = path
             if around:
@@ -115,8 +114,7 @@ def stand_ins(model: Any, splices: Sequence[str], *, around: bool) -> Iterator[N
             own[name] = table[path] = point
         yield
     finally:
-        for path, module, (own, name) in zip(splices, modules, places, strict=True):
-            own[name] = module
-            table[path] = before[path]
-            if before[path] is None:
+        for path, own, name, module, before in places:
+            own[name], table[path] = module, before
+            if before is None:
                 del table[path]

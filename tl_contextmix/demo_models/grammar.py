@@ -166,8 +166,8 @@ class Grammar:
         cues = self._subject_cues(sentence, phrase)
         if self._random.random() < 0.6:
             forms = self._pick_verb(lex.REFLEXIVE_VERBS, phrase.lemma)
-            verb = self._verb(sentence, phrase, forms, subject.nouns, subject.subtype, listed=True)
-            cues += (verb,)  # its ending shows the subject's number too
+            # Its ending shows the subject's number too.
+            cues += (self._verb(sentence, subject, forms),)
         else:
             sentence.add(self._random.choice(lex.PAST_REFLEXIVE))
         right, wrong = self._reflexive_pronouns(phrase)
@@ -292,7 +292,7 @@ class Grammar:
     def _subject_relative(self, sentence: Sentence, phrase: _NounPhrase) -> _Subject:
         sentence.add("that")
         forms = self._pick_verb(lex.TRANSITIVE, phrase.lemma)
-        self._verb(sentence, phrase, forms, (), "in_src", listed=True)
+        self._verb(sentence, _Subject(phrase, (), "in_src"), forms)
         inner = self._noun_phrase(sentence)
         return _Subject(phrase, ((inner.head, inner.plural),), "src")
 
@@ -302,7 +302,7 @@ class Grammar:
         inner = self._noun_phrase(sentence, "person")
         forms = self._pick_verb(lex.TRANSITIVE, inner.lemma)
         outer = ((phrase.head, phrase.plural),)
-        self._verb(sentence, inner, forms, outer, "in_orc", listed=True)
+        self._verb(sentence, _Subject(inner, outer, "in_orc"), forms)
         return _Subject(phrase, ((inner.head, inner.plural),), "orc")
 
     def _verb_phrase(self, sentence: Sentence, subject: _Subject, again: bool = True) -> None:
@@ -323,7 +323,8 @@ class Grammar:
             sentence.add_text("will fall")
             return
         if draw < 0.7:
-            self._auxiliary(sentence, subject, lex.BE_PRESENT if draw < 0.6 else lex.BE_PAST)
+            tense = lex.BE_PRESENT if draw < 0.6 else lex.BE_PAST
+            self._verb(sentence, subject, tense, listed=False)
             sentence.add(self._random.choice(lex.THING_ADJECTIVES))
             return
         forms = self._lexical_verb(sentence, subject, lex.THING_VERBS)
@@ -338,13 +339,14 @@ class Grammar:
             self._lexical_verb(sentence, subject, lex.TRANSITIVE)
             self._noun_phrase(sentence)
         elif draw < 0.72:
-            self._auxiliary(sentence, subject, lex.BE_PRESENT if draw < 0.65 else lex.BE_PAST)
+            tense = lex.BE_PRESENT if draw < 0.65 else lex.BE_PAST
+            self._verb(sentence, subject, tense, listed=False)
             sentence.add(rng.choice(lex.ADJECTIVES))
         elif draw < 0.82:
-            self._auxiliary(sentence, subject, lex.BE_PRESENT)
+            self._verb(sentence, subject, lex.BE_PRESENT, listed=False)
             sentence.add(rng.choice(lex.PARTICIPLES))
         elif draw < 0.90:
-            self._auxiliary(sentence, subject, lex.HAVE)
+            self._verb(sentence, subject, lex.HAVE, listed=False)
             sentence.add(rng.choice(lex.PAST_INTRANSITIVE))
         elif draw < 0.95:
             sentence.add("will")
@@ -352,17 +354,11 @@ class Grammar:
         else:
             sentence.add(rng.choice(lex.PAST_INTRANSITIVE))
 
-    def _auxiliary(self, sentence: Sentence, subject: _Subject, forms: VerbForms) -> None:
-        # Auxiliaries are few, so none is held out: every noun is seen with every one of them.
-        phrase = subject.phrase
-        self._verb(sentence, phrase, forms, subject.nouns, subject.subtype, listed=False)
-
     def _lexical_verb(
         self, sentence: Sentence, subject: _Subject, table: Sequence[VerbForms]
     ) -> VerbForms:
-        phrase = subject.phrase
-        forms = self._pick_verb(table, phrase.lemma)
-        self._verb(sentence, phrase, forms, subject.nouns, subject.subtype, listed=True)
+        forms = self._pick_verb(table, subject.phrase.lemma)
+        self._verb(sentence, subject, forms)
         return forms
 
     def _pick_verb(self, table: Sequence[VerbForms], lemma: str) -> VerbForms:
@@ -372,25 +368,21 @@ class Grammar:
         return self._random.choice(fitting or table)
 
     def _verb(
-        self,
-        sentence: Sentence,
-        phrase: _NounPhrase,
-        forms: VerbForms,
-        nouns: Sequence[tuple[int, bool]],
-        subtype: str,
-        listed: bool,
+        self, sentence: Sentence, subject: _Subject, forms: VerbForms, listed: bool = True
     ) -> int:
-        """Writes the form of a verb that agrees with `phrase`, marks it and returns its index.
+        """Writes the form of a verb that agrees with its subject, marks it and returns its index.
 
-        ``nouns`` are (index, is plural) of the others before it. A verb that `_pick_verb`, which
-        keeps pairs held out, has drawn is ``listed``.
+        A verb that `_pick_verb`, which keeps pairs held out, has drawn is ``listed``. Auxiliaries
+        are few, so none is held out: every noun is seen with every one of them.
         """
+        phrase = subject.phrase
         right, wrong = forms if phrase.plural else (forms[1], forms[0])
         target = sentence.add(right)
         cues = self._subject_cues(sentence, phrase)
-        lures = _other_number(nouns, phrase.plural)
+        lures = _other_number(subject.nouns, phrase.plural)
         held_out = listed and is_held_out(phrase.lemma, forms[0])
-        sentence.sites.append(Site("agreement", target, cues, lures, wrong, subtype, held_out))
+        site = Site("agreement", target, cues, lures, wrong, subject.subtype, held_out)
+        sentence.sites.append(site)
         return target
 
     def _subject_cues(self, sentence: Sentence, phrase: _NounPhrase) -> tuple[int, ...]:

@@ -131,21 +131,9 @@ def of_view(
     )
 
 
-@dataclass(frozen=True)
-class _Twin:
-    """The plain copy that decodes for a model.
-
-    Attributes:
-        view: The model's view when the copy was made; a new view means new weights.
-        model: The copy, or None if none computes the same.
-        reason: Why there is none.
-    """
-
-    view: ModelView
-    model: Any
-    reason: str
-
-
+# The view of a model when a plain copy of it was made (a new one means new weights); the copy, or
+# None; and why there is none.
+_Twin = tuple[ModelView, Any, str]
 _TWINS: weakref.WeakKeyDictionary[nn.Module, _Twin] = weakref.WeakKeyDictionary()
 
 
@@ -162,13 +150,13 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
         return _memory_decoder(model, view, original, alone=False)
     _require_no_decoder_hooks(view, hooked)
     with lock_of(model):
-        twin = _TWINS.get(model)
-        if twin is None or twin.view is not view:
-            twin = _TWINS[model] = _make_twin(model, view)
-    if twin.model is not None:
-        return _memory_decoder(model, view, twin.model, alone=True)
+        if model not in _TWINS or _TWINS[model][0] is not view:
+            _TWINS[model] = _make_twin(model, view)
+        _, twin, reason = _TWINS[model]
+    if twin is not None:
+        return _memory_decoder(model, view, twin, alone=True)
     if original is None:
-        raise UnsupportedModel(twin.reason)
+        raise UnsupportedModel(reason)
     return _memory_decoder(model, view, original, alone=False)
 
 
@@ -205,7 +193,7 @@ def _make_twin(model: Any, view: ModelView) -> _Twin:
     """Returns a plain copy of a model's decoder, verified on a few tokens."""
     plain = t5_twin(model) if getattr(model, "original_model", None) is None else bridge_twin(model)
     if plain is None:
-        return _Twin(view, None, "")
+        return view, None, ""
     batch = probe_batch(view)
     assert batch.decoder is not None
     last = view.stacks["encoder"][-1].resid_out
@@ -220,14 +208,14 @@ def _make_twin(model: Any, view: ModelView) -> _Twin:
     error = relative_error(logits, trace.logits.to(logits.dtype))
     # Hugging Face's float64 T5 computes norms in float32: 1e-7 measured, 0.1 if wrong.
     if error <= max(view.tolerance, 1e-5):
-        return _Twin(view, plain, "")
+        return view, plain, ""
     reason = four_parts(
         f"cannot run the decoder of {view.name} alone",
         f"a relative error of {error:.2g} against the model's logits",
         "a T5 without biases, as published",
         "Load it on a TransformerBridge of TransformerLens 4.",
     )
-    return _Twin(view, None, reason)
+    return view, None, reason
 
 
 def _view_norm(model: Any, view: ModelView) -> Callable[[Tensor], Tensor] | None:

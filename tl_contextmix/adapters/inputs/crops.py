@@ -93,13 +93,7 @@ def _bounds(mask: Bool[Tensor, "batch pos"]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows that may run together.
-
-    Attributes:
-        rows: The rows.
-        bounds: The columns that hold them, of each side.
-        shortest: Length of the shortest row, of each side.
-    """
+    """Rows that may run together, the columns that hold them and the least length, of each side."""
 
     rows: tuple[int, ...]
     bounds: Sequence[tuple[int, int]]

@@ -31,14 +31,7 @@ def classifies(architecture: str, model_type: str) -> bool:
 
 
 class Head(nn.Module):
-    """A classifier's head, on every token.
-
-    Attributes:
-        dense: Its first layer, if it has two.
-        activation: Behind that.
-        norm: Behind that, if there is one.
-        classifier: The layer with an output per class.
-    """
+    """A classifier's head on every token: dense layer, activation and norm, if any, classifier."""
 
     def __init__(
         self, dense: nn.Module | None, activation: Any, norm: nn.Module | None, last: nn.Module

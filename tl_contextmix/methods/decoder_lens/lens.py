@@ -229,13 +229,7 @@ def decoder_lens(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be done.
-
-    Attributes:
-        mode: The mode asked for.
-        metrics: The metrics asked for, by the name of their figure.
-        referenced: Whether there are right answers.
-    """
+    """What is to be done: the mode and metrics asked for, and whether there are right answers."""
 
     mode: Mode
     metrics: dict[str, str | UserMetric]
