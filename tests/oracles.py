@@ -96,7 +96,6 @@ class Position:
     def feed_forward(self, steps: int, convention: str) -> None:
         """Fills in the points from ``mlp_in`` on; integrated gradients by a Riemann sum."""
         ff = self.block.feed_forward
-        assert ff is not None
         parts, bias = self.stream
         if self.block.parallel:
             parts = [torch.zeros_like(self.x) for _ in parts]
@@ -104,6 +103,7 @@ class Position:
             bias = torch.zeros_like(self.x)
         read, read_bias = self._norm(ff.norm_in, parts, bias)
         self.points["mlp_in"] = (read, read_bias)
+        assert ff is not None
         own = dense(ff, self.trace, self.row, self.target)
         out, out_bias = integrated_gradients(own, read, read_bias, steps, convention)
         self.points["mlp_out"] = self._norm(ff.norm_out, out, out_bias)
