@@ -26,14 +26,6 @@ def frozen(norm: Norm | None, part: Tensor, whole: Tensor) -> Tensor:
     return centred_part / scale * (1 if norm.weight is None else norm.weight)
 
 
-def apply_norm(norm: Norm | None, whole: Tensor) -> Tensor:
-    """The norm itself."""
-    if norm is None:
-        return whole
-    out = frozen(norm, whole, whole)
-    return out if norm.bias is None else out + norm.bias
-
-
 def bias_of(bias: Tensor | None, like: Tensor) -> Tensor:
     """A bias, or zeros."""
     return torch.zeros_like(like) if bias is None else bias
