@@ -36,6 +36,10 @@ NEURONS: dict[str, Any] = {
 }
 
 
+def _values(model: Any, tokens: Tensor, **options: Any) -> ValueReadouts:
+    return cm.ff_values(model, **options)
+
+
 def methods() -> dict[str, Callable[..., Any]]:
     """Every method under every option that processing makes a difference for, by its name."""
     found: dict[str, Callable[..., Any]] = {
@@ -77,12 +81,8 @@ def methods() -> dict[str, Callable[..., Any]]:
             found[f"knockout {cut} {instead}"] = partial(
                 cm.knockout, **{name: chosen}, replace_with=instead, everywhere=True, **GOLD
             )
-    ways: tuple[Any, ...] = ("none", "folded", "frozen")
-    for projection in ways:
-        text = "the cat" if projection == "frozen" else None
-        found[f"ff_values {projection}"] = lambda m, x, p=projection, t=text: cm.ff_values(
-            m, projection=p, text=t
-        )
+    for way, text in (("none", None), ("folded", None), ("frozen", "the cat")):
+        found[f"ff_values {way}"] = partial(_values, projection=way, text=text)
     for how in ("none", "model"):
         found[f"ff_memories {how}"] = partial(cm.ff_memories, projection=how)
     return found
