@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -33,6 +34,16 @@ def case_of(*families: str, host: str | None = None) -> zoo.Case:
     if not found:
         pytest.skip(f"none of {families} loads on {host or 'any class'} of this version")
     return found[0]
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """What the package warns of meanwhile."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    found += [str(one.message) for one in caught if issubclass(one.category, ContextMixWarning)]
 
 
 def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:

@@ -12,6 +12,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import gc
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,8 @@ from browser import launched
 from matrix import FAST, Matrix, is_fast
 from zoo import EXPECTED, major
 
+# Some tests are about the benchmarks, where the repository has them.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 _NEWEST = f"runs on TransformerLens {max(EXPECTED)}"
 # Tiny matrices: more threads only wait for each other, and sums would depend on their number.
 torch.set_num_threads(1)
@@ -32,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Counts what the contract covers, see `matrix`; adds the markers of `pytest_itemcollected`."""
     config.pluginmanager.register(Matrix(), "matrix")
     config.addinivalue_line("markers", "mostly_once: once, but for the tests marked `every`")
-    config.addinivalue_line("markers", "every: runs on every version of TransformerLens")
+    config.addinivalue_line("markers", "every: on every version, unlike the rest of its file")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -50,7 +53,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Marks what is `fast`; the `newest` version's own are `once`, and skipped on the others."""
     if is_fast(item):
         item.add_marker("fast")
-    if item.get_closest_marker("mostly_once") and not item.get_closest_marker("every"):
+    if item.get_closest_marker("every"):
+        return
+    if item.get_closest_marker("mostly_once"):
         item.add_marker("once")
     if item.get_closest_marker("newest"):
         item.add_marker("once")

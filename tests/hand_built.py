@@ -70,6 +70,13 @@ def tokens(
     )
 
 
+def sentence(*words: str, mask: list[bool] | None = None, spaced: bool | None = None) -> Tokens:
+    """These words as tokens."""
+    ids = torch.arange(len(words))[None]
+    real = torch.tensor([mask or [True] * len(words)])
+    return Tokens(ids, (words,), real, (("decoder", len(words)),), spaced=spaced)
+
+
 def masked(scores: Tensor, target: Tokens, source: Tokens) -> Tensor:
     """Scores with zeros at padding."""
     real = target.mask[:, :, None] & source.mask[:, None, :]

@@ -26,14 +26,6 @@ def frozen(norm: Norm | None, part: Tensor, whole: Tensor) -> Tensor:
     return centred_part / scale * (1 if norm.weight is None else norm.weight)
 
 
-def apply_norm(norm: Norm | None, whole: Tensor) -> Tensor:
-    """The norm itself."""
-    if norm is None:
-        return whole
-    out = frozen(norm, whole, whole)
-    return out if norm.bias is None else out + norm.bias
-
-
 def bias_of(bias: Tensor | None, like: Tensor) -> Tensor:
     """A bias, or zeros."""
     return torch.zeros_like(like) if bias is None else bias
@@ -96,7 +88,6 @@ class Position:
     def feed_forward(self, steps: int, convention: str) -> None:
         """Fills in the points from ``mlp_in`` on; integrated gradients by a Riemann sum."""
         ff = self.block.feed_forward
-        assert ff is not None
         parts, bias = self.stream
         if self.block.parallel:
             parts = [torch.zeros_like(self.x) for _ in parts]
@@ -104,6 +95,7 @@ class Position:
             bias = torch.zeros_like(self.x)
         read, read_bias = self._norm(ff.norm_in, parts, bias)
         self.points["mlp_in"] = (read, read_bias)
+        assert ff is not None
         own = dense(ff, self.trace, self.row, self.target)
         out, out_bias = integrated_gradients(own, read, read_bias, steps, convention)
         self.points["mlp_out"] = self._norm(ff.norm_out, out, out_bias)

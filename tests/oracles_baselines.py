@@ -6,7 +6,7 @@ Nothing of the package's maths is used: weights and activations come through the
 from __future__ import annotations
 
 import torch
-from oracles import Position, apply_norm, bias_of, frozen, integrated_gradients
+from oracles import Position, bias_of, frozen, integrated_gradients
 from oracles_log_prob import Parts
 from torch import Tensor
 
@@ -182,6 +182,3 @@ def decompx(
         states = decompx_layer(block, trace, row, states, memory, steps, convention)
         out.append(states)
     return out
-
-
-__all__ = ["alti", "alti_logit", "apply_norm", "decompx", "globenc", "rollout"]

@@ -85,7 +85,6 @@ def log_probs(view: ModelView, state: Tensor, whole: Tensor, rule: str) -> Tenso
     """The distribution that a state of the stream gives, under a rule for the final norm."""
     readout = view.readout
     norm, W_U, b_U = readout.norm, readout.weights("W_U"), readout.weights("b_U")
-    assert W_U is not None
     if readout.head is not None:
         hidden = readout.head(state)
     elif norm is None:
@@ -96,6 +95,7 @@ def log_probs(view: ModelView, state: Tensor, whole: Tensor, rule: str) -> Tenso
         hidden = frozen(norm, state, whole)
         if rule == "frozen+beta":
             hidden = hidden + bias_of(norm.bias, state)
+    assert W_U is not None
     logits = hidden * readout.scale @ W_U
     if rule != "frozen":
         logits = logits + bias_of(b_U, logits)

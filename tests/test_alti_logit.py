@@ -42,7 +42,6 @@ def test_each_layers_update_is_that_of_a_literal_loop(case: zoo.Case) -> None:
     batch = make_batch(view, Given(given.tokens, **keywords(given)))
     trace = view.run(batch, names)
     W_U = view.readout.weights("W_U")
-    assert W_U is not None
     column, width = W_U[:, 9] - W_U[:, 7], batch.side(view.base_stack(None)).ids.shape[1]
     expected = torch.stack(
         [oracle.alti_logit(view, trace, row, width - 2, column) for row in range(2)]

@@ -180,7 +180,6 @@ def test_rows_and_the_sink_sum_to_one() -> None:
     logits = torch.cat([seen["scores"], sinks[1][:, None, None].expand(2, 4, 7, 1)], dim=-1)
     expected = logits.softmax(dim=-1)[..., -1]
     found = cm.attention(model, tokens)
-    assert found.sink is not None
     assert relative(found.sink[:, 1], expected) <= FLOAT32_INSIDE
     for one in (found, found.mean(), found.normalize(), found.words(), found.select(source=[0, 1])):
         assert one.sink is not None
@@ -196,7 +195,6 @@ def test_a_table_has_the_sink_as_the_first_source_of_each_row() -> None:
     mask = torch.ones_like(tokens)
     mask[1, 5:] = 0
     found = cm.attention(model, tokens, attention_mask=mask, layer=[1, 0])
-    assert found.sink is not None
     frame = found.to_dataframe()
     rows = frame.groupby(["batch", "layer", "head", "target"], sort=False)
     assert len(rows) == 2 * 4 * (7 + 5)
@@ -204,6 +202,7 @@ def test_a_table_has_the_sink_as_the_first_source_of_each_row() -> None:
     first = rows.first()
     assert (first.source == -1).all()
     assert (first.source_token == "(sink)").all()
+    assert found.sink is not None
     real = mask.bool()[:, None, None].expand_as(found.sink)
     assert torch.equal(torch.tensor(first.score.to_numpy()), found.sink[real])
     assert (frame.source == -1).sum() == len(rows)
@@ -212,17 +211,16 @@ def test_a_table_has_the_sink_as_the_first_source_of_each_row() -> None:
 def test_an_edited_pattern_takes_nothing_from_the_sink() -> None:
     model, tokens = with_sinks()[0], given().tokens
     plain, name = cm.attention(model, tokens), "blocks.1.attn.hook_pattern"
-    assert plain.sink is not None
     with model.hooks(fwd_hooks=[(name, lambda pattern, hook: pattern / 2)]):
         edited = cm.attention(model, tokens)
         _, cache = model.run_with_cache(tokens)
     assert relative(2 * edited.scores[:, 1], plain.scores[:, 1]) <= FLOAT32_INSIDE
     for found in (edited, cm.attention(model, tokens, cache=cache)):
-        assert found.sink is not None
         assert relative(found.sink[:, 1], plain.sink[:, 1]) <= FLOAT32_INSIDE
     _, cache = model.run_with_cache(tokens, names_filter=hook_names(model, cm.attention))
     kept = cm.attention(model, tokens, cache=cache)
     assert kept.sink is not None
+    assert plain.sink is not None
     assert relative(kept.sink, plain.sink) <= FLOAT32_INSIDE
 
 
@@ -230,8 +228,6 @@ def test_a_rollout_shows_what_has_ended_in_sinks(tmp_path: Path) -> None:
     model, tokens = with_sinks()[0], given().tokens
     found = cm.attention(model, tokens, heads=False)
     rolled = found.rollout()
-    assert rolled.sink is not None
-    assert found.sink is not None
     # Literally: the sink is one more token, which reads itself alone.
     product = torch.eye(8, dtype=torch.float64).expand(2, 8, 8)
     for layer in range(len(found.layers)):
@@ -242,6 +238,7 @@ def test_a_rollout_shows_what_has_ended_in_sinks(tmp_path: Path) -> None:
         assert relative(rolled.sink[:, layer, 0], product[:, :7, 7]) <= 1e-12
     again = ContextMap.load(rolled.save(tmp_path / "rollout.safetensors"))
     assert again.sink is not None
+    assert rolled.sink is not None
     assert torch.equal(again.sink, rolled.sink)
     panel = rolled.panels()[0]
     assert isinstance(panel, Heatmap)
@@ -250,7 +247,6 @@ def test_a_rollout_shows_what_has_ended_in_sinks(tmp_path: Path) -> None:
     assert "attention sink" in panel.caption
     assert "(sink)" in found.show()._repr_html_()
     difference = found - found
-    assert difference.sink is not None
     assert not bool(difference.sink.any())
 
 
@@ -278,7 +274,6 @@ def test_weights_and_sinks_of_gpt_oss_are_those_of_hugging_face() -> None:
         own = torch.stack(plain(tokens, output_attentions=True).attentions, dim=1)
     found = cm.attention(model, tokens)
     assert relative(found.scores, own) <= 2e-6
-    assert found.sink is not None
     assert float((found.sink - (1 - own.sum(dim=-1))).abs().max()) <= 2e-6
     assert float(found.sink.max()) > 0.1
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,7 +74,6 @@ def test_edges_are_cut_in_a_window_of_layers(case: zoo.Case, stack: Any) -> None
     own = zoo.logits(model, given)[:, -2:].log_softmax(dim=-1)[..., 9].flatten()
     torch.testing.assert_close(found.log_prob, own.to(found.log_prob))
     reads = given.decoder_tokens if stack in ("decoder", "cross") else given.tokens
-    assert reads is not None
     readers = [2, reads.shape[1] - 1]
     limit = max(1e-9, 10 * bound(case))
     changed = 0.0
@@ -135,8 +132,7 @@ def test_a_hook_on_the_scores_does_the_same(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("family", ["opt", "bert"])
 def test_a_mask_in_hugging_face_does_the_same(family: str) -> None:
-    case = case_of(family)
-    model, given = shared(case)
+    model, given = shared(case_of(family))
     hf = zoo.hf_model(family)
     layers = hf.model.decoder.layers if family == "opt" else hf.bert.encoder.layer
     last = [len(layers) - 2, len(layers) - 1]
@@ -161,8 +157,7 @@ def test_a_mask_in_hugging_face_does_the_same(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 def test_a_row_without_sources_attends_to_nothing(family: str) -> None:
-    case = case_of(family)
-    model, given = shared(case)
+    model, given = shared(case_of(family))
     view = view_of(model)
     reads = given.tokens if given.decoder_tokens is None else given.decoder_tokens
     every = [(0, reads.shape[1])]
@@ -177,15 +172,13 @@ def test_a_row_without_sources_attends_to_nothing(family: str) -> None:
 
     batch = make_batch(view, Given(given.tokens, **keywords(given)))
     logits = view.run(batch, [], edits={sublayers(view, None)[1].mixed: nothing}).logits
-    assert logits is not None
     expected = logits[:, -1].log_softmax(dim=-1)[:, 9]
     torch.testing.assert_close(found.log_probs.flatten(), expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 def test_a_sweep_is_one_run_or_many(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = case_of(family)
-    model, given = shared(case)
+    model, given = shared(case_of(family))
     runs: list[int] = []
     plain = ModelView.run
 
@@ -244,7 +237,6 @@ def test_answers_of_several_tokens_and_generated_ones() -> None:
 @pytest.mark.parametrize(("kind", "least"), [("agreement", 3.0), ("fact", 8.0), ("name", 10.0)])
 def test_what_the_demo_model_knows_hangs_on_the_right_words(kind: str, least: float) -> None:
     """Subjects decide verbs, countries their capitals; nouns that tempt do not."""
-    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     import attention_knockout as benchmark
 
     found = benchmark.changes(cm.load_demo("causal-lm"), kind, 10)
@@ -256,8 +248,7 @@ def test_what_the_demo_model_knows_hangs_on_the_right_words(kind: str, least: fl
 
 @pytest.mark.once
 def test_hooks_of_your_own_stay_on() -> None:
-    case = case_of("gpt2")
-    model, given = shared(case)
+    model, given = shared(case_of("gpt2"))
     name = view_of(model).blocks()[1].attentions[0].mixed
 
     def ablate(z: Tensor, hook: Any) -> Tensor:

@@ -646,7 +646,6 @@ def test_a_result_is_seen_in_the_frames_of_other_hosts(browser, host, tmp_path):
                 "() => document.documentElement.scrollHeight <= innerHeight + 1"
             )
             outer = frame.parent_frame
-            assert outer is not None
             assert not outer.locator(".tl-contextmix-still").first.is_visible()
         assert (seen.errors, seen.requests, seen.dialogs) == ([], [], [])
 
@@ -730,5 +729,4 @@ def test_a_browser_can_be_named(monkeypatch):
 def test_pictures_of_stills_are_pictures():
     shown = random_map(1, 2, 1, 4)._repr_mimebundle_()
     data = re.search(r'src="data:image/svg\+xml;base64,([^"]+)"', shown["text/html"])
-    assert data is not None
     assert base64.b64decode(data[1]).decode() == shown["image/svg+xml"]

@@ -8,12 +8,13 @@ import re
 
 import pytest
 import torch
+from hand_built import map_of
 from public import FUNCTIONS
 
 import tl_contextmix as cm
 from tl_contextmix.engine.citations import ROLLOUT, references
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.results import ContextMap, Provenance, Tokens
+from tl_contextmix.results import ContextMap, Provenance
 
 pytestmark = pytest.mark.once
 
@@ -30,21 +31,9 @@ def keys(text: str) -> list[str]:
 
 def a_map(**options: object) -> ContextMap:
     """A map of two tokens that says it comes from `attention_norms`."""
-    ids, mask = torch.arange(2)[None], torch.ones(1, 2, dtype=torch.bool)
-    tokens = Tokens(ids, (("a", "b"),), mask, (("decoder", 2),))
     asked = {"at": "block_out", **options}
-    return ContextMap(
-        scores=torch.eye(2)[None, None, None],
-        layers=(0,),
-        heads=("all",),
-        point="block_out",
-        stack="decoder",
-        target=tokens,
-        source=tokens,
-        unit="norm",
-        includes_residual=True,
-        provenance=Provenance("attention_norms", asked, "m", "h", "4", "0", (), "f"),
-    )
+    made = Provenance("attention_norms", asked, "m", "h", "4", "0", (), "f")
+    return map_of(torch.eye(2), provenance=made)
 
 
 def test_everything_is_cited_without_arguments():

@@ -14,6 +14,7 @@ import pytest
 import torch
 import zoo
 from asked import view_of
+from hand_built import sentence
 from test_value_zeroing import case_of
 
 import tl_contextmix as cm
@@ -168,12 +169,6 @@ def test_pairs_that_the_grammar_has_not() -> None:
 # Tokens in their text, and words
 
 
-def labels(*words: str, mask: list[bool] | None = None) -> Tokens:
-    count = len(words)
-    real = torch.tensor([mask or [True] * count])
-    return Tokens(torch.arange(count)[None], (words,), real, (("decoder", count),))
-
-
 @pytest.mark.parametrize(
     ("text", "words", "expected"),
     [
@@ -188,21 +183,21 @@ def labels(*words: str, mask: list[bool] | None = None) -> Tokens:
 def test_tokens_are_placed_in_their_text(
     text: str, words: tuple[str, ...], expected: list[Any]
 ) -> None:
-    assert place_tokens(text, labels(*words)) == expected
+    assert place_tokens(text, sentence(*words)) == expected
 
 
 def test_tokens_that_cannot_be_placed_are_named() -> None:
     with pytest.raises(cm.InvalidInput, match=r"'chat'.*from 'cat' on.*cues= as positions"):
-        place_tokens("the cat", labels("the", "chat"))
+        place_tokens("the cat", sentence("the", "chat"))
 
 
 def test_bytes_and_unknown_words_stand_for_what_is_between() -> None:
     # A byte-level tokenizer cuts the apostrophe into bytes that are no text on their own.
     words = ("<s>", "the", " cook", "\ufffd", "\ufffd", "s", " key")
-    found = place_tokens("the cook\u2019s key", labels(*words))
+    found = place_tokens("the cook\u2019s key", sentence(*words))
     assert found == [None, (0, 3), (4, 8), (8, 9), (8, 9), (9, 10), (11, 14)]
-    assert place_tokens("a zebra x", labels("a", "[UNK]", "x")) == [(0, 1), (2, 7), (8, 9)]
-    assert place_tokens("a zebra", labels("a", "[UNK]")) == [(0, 1), (2, 7)]
+    assert place_tokens("a zebra x", sentence("a", "[UNK]", "x")) == [(0, 1), (2, 7), (8, 9)]
+    assert place_tokens("a zebra", sentence("a", "[UNK]")) == [(0, 1), (2, 7)]
 
 
 def test_tokens_that_share_a_character() -> None:
@@ -225,13 +220,13 @@ def test_tokens_that_share_a_character() -> None:
 def test_words_are_told_from_their_pieces(
     words: tuple[str, ...], expected: list[tuple[int, int]]
 ) -> None:
-    assert labels(*words).words() == [expected]
+    assert sentence(*words).words() == [expected]
 
 
 def test_padding_is_no_word() -> None:
-    tokens = labels("a", " b", "c", "<p>", mask=[True, True, True, False])
+    tokens = sentence("a", " b", "c", "<p>", mask=[True, True, True, False])
     assert tokens.words() == [[(0, 1), (1, 3)]]
-    left = labels("<p>", "a", " b", mask=[False, True, True])
+    left = sentence("<p>", "a", " b", mask=[False, True, True])
     assert left.words() == [[(1, 2), (2, 3)]]
 
 
@@ -545,7 +540,7 @@ def test_words_are_blanked_as_a_whole(causal: Any) -> None:
 
 
 def test_no_word_reaches_from_one_stack_into_another() -> None:
-    words = labels("the", " cat", "s")
+    words = sentence("the", " cat", "s")
     other = Tokens(torch.arange(2)[None], (("s", " x"),), words.mask[:, :2], (("encoder", 2),))
     both = words.cat(other)
     assert both.words() == [[(0, 1), (1, 3), (3, 4), (4, 5)]]
@@ -555,12 +550,6 @@ def test_no_word_reaches_from_one_stack_into_another() -> None:
     assert joined.positions().tolist() == [[0, 2, 0, 1]]
     with pytest.raises(cm.InvalidInput, match=r"\(2, 4\).*one stack"):
         both.join([[(2, 4)]])
-
-
-def test_pairs_that_a_model_cannot_be_asked_about(causal: Any) -> None:
-    pair = MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
-    with pytest.raises(cm.InvalidInput, match="a cue after the answer"):
-        cm.compare(causal, [pair], methods=["attention"])
 
 
 def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(

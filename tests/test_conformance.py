@@ -6,21 +6,20 @@ import dataclasses
 import functools
 import re
 import unittest.mock
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from asked import bound, keywords, relative, shared, stacks, state, view_of
+from asked import bound, keywords, relative, shared, stacks, state, told, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.engine.parts import Point
-from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.results import (
     AttentionKnockout,
     AttributionGraph,
@@ -48,11 +47,11 @@ class Method:
     Attributes:
         name: Its name.
         ask: Calls it on a model and tokens with further keywords.
-        values: The tensor of the result that carries the numbers.
         kind: Class of the result.
+        array: Name of the tensor of the result that carries the numbers.
+        stacked: Whether it is asked about a stack and layers; else about a prediction.
         pointed: Whether it is asked at a point of the block; else it is about the whole block,
             feed-forward sublayer included.
-        stacked: Whether it is asked about a stack and layers; else about a prediction.
         column: Name of the numbers in its table.
         worded: Whether it is given text, or asked about a mask, which takes a tokenizer.
         linear: Whether it takes logits that are linear in the stream.
@@ -61,14 +60,21 @@ class Method:
 
     name: str
     ask: Callable[..., Any]
-    values: Callable[[Any], Tensor]
-    kind: type[Any]
-    pointed: bool = True
-    stacked: bool = True
+    kind: type[Any] = ContextMap
+    array: str = "scores"
+    stacked: bool = False
+    pointed: bool = False
     column: str = "score"
     worded: bool = False
     linear: bool = False
     batched: bool = True
+
+    def values(self, result: Any) -> Tensor:
+        """The numbers of a result; those of all predictions of a sentence are in its row."""
+        found = getattr(result, self.array)
+        if self.kind is LogProbContributions:
+            found = found.unflatten(0, (len(result.sentence.unique()), -1))
+        return found
 
 
 def queried(
@@ -146,83 +152,40 @@ def graphed(ask: Callable[..., Any], model: Any, tokens: Tensor, **options: Any)
     return ask(model, tokens[:1], pos=-1, **first)
 
 
-def by_sentence(found: LogProbContributions) -> Tensor:
-    """Scores, those of all predictions of a sentence in its row."""
-    return found.scores.unflatten(0, (len(found.sentence.unique()), -1))
-
-
-def asked(name: str, ask: Callable[..., Any]) -> Method:
-    """A question about predictions, or a direction, as a row of its own."""
-    return Method(
-        f"log_prob_contributions, {name}",
-        ask,
-        by_sentence,
-        LogProbContributions,
-        pointed=False,
-        stacked=False,
-    )
-
-
+ON_POINTS: dict[str, Any] = {"stacked": True, "pointed": True}
 METHODS = [
-    Method("decompose", cm.decompose, lambda r: r.parts, Decomposition),
-    Method("attention_norms", cm.attention_norms, lambda r: r.scores, ContextMap),
-    Method("mixing_ratio", cm.mixing_ratio, lambda r: r.values, TokenFigures),
+    Method("decompose", cm.decompose, Decomposition, "parts", **ON_POINTS),
+    Method("attention_norms", cm.attention_norms, **ON_POINTS),
+    Method("mixing_ratio", cm.mixing_ratio, TokenFigures, "values", column="value", **ON_POINTS),
     *(
-        Method(ask.__name__, ask, lambda r: r.scores, ContextMap, pointed=False)
+        Method(ask.__name__, ask, stacked=True)
         for ask in (cm.value_zeroing, cm.attention, cm.globenc, cm.alti, cm.decompx)
     ),
     Method(
         "log_prob_contributions",
-        functools.partial(cm.log_prob_contributions, by="position", pos=-1),
-        lambda r: r.scores,
+        partial(cm.log_prob_contributions, by="position", pos=-1),
         LogProbContributions,
-        pointed=False,
-        stacked=False,
     ),
-    Method(
-        "query_contributions",
-        queried,
-        lambda r: r.scores,
-        QueryContributions,
-        pointed=False,
-        stacked=False,
-    ),
+    Method("query_contributions", queried, QueryContributions),
     Method(
         "knockout",
-        functools.partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=0),
-        lambda r: r.after,
+        partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=0),
         Knockout,
-        pointed=False,
-        stacked=False,
+        "after",
         column="after",
     ),
     Method(
         "attention_knockout",
-        functools.partial(cm.attention_knockout, sources=[-2, -1], pos=-1),
-        lambda r: r.log_probs,
+        partial(cm.attention_knockout, sources=[-2, -1], pos=-1),
         AttentionKnockout,
-        pointed=False,
-        stacked=False,
+        "log_probs",
         column="log_prob",
     ),
-    *(
-        Method(ask.func.__name__, ask, lambda r: r.scores, ContextMap, pointed=False, stacked=False)
-        for ask in (
-            functools.partial(cm.attention_flow),
-            functools.partial(cm.gradient_x_input, pos=-1),
-            functools.partial(cm.integrated_gradients, steps=4, pos=-1),
-        )
-    ),
-    Method(
-        "ff_memories",
-        cm.ff_memories,
-        lambda r: r.probability,
-        Memories,
-        pointed=False,
-        stacked=False,
-        column="probability",
-    ),
-    Method("token_memory", cm.token_memory, lambda r: r.shares, TokenMemory, pointed=False),
+    Method("attention_flow", cm.attention_flow),
+    Method("gradient_x_input", partial(cm.gradient_x_input, pos=-1)),
+    Method("integrated_gradients", partial(cm.integrated_gradients, steps=4, pos=-1)),
+    Method("ff_memories", cm.ff_memories, Memories, "probability", column="probability"),
+    Method("token_memory", cm.token_memory, TokenMemory, "shares", stacked=True),
 ]
 
 
@@ -230,17 +193,22 @@ METHODS = [
 QUESTIONS = [
     Method(
         "decompose, heads",
-        functools.partial(cm.decompose, heads=True),
-        lambda r: r.parts,
+        partial(cm.decompose, heads=True),
         HeadDecomposition,
+        "parts",
+        **ON_POINTS,
     ),
-    asked(
-        "foil",
-        functools.partial(cm.log_prob_contributions, by="head", pos=-1, target={9, 5}, foil={7, 8}),
+    *(
+        Method(f"log_prob_contributions, {name}", ask, LogProbContributions)
+        for name, ask in {
+            "foil": partial(
+                cm.log_prob_contributions, by="head", pos=-1, target={9, 5}, foil={7, 8}
+            ),
+            "several tokens": answered,
+            "all positions": partial(cm.log_prob_contributions, by="head", pos="all"),
+            "direction": toward,
+        }.items()
     ),
-    asked("several tokens", answered),
-    asked("all positions", functools.partial(cm.log_prob_contributions, by="head", pos="all")),
-    asked("direction", toward),
 ]
 
 
@@ -249,57 +217,19 @@ FURTHER = [
     *(
         Method(
             f"{ask.__name__}, logit",
-            functools.partial(ask, of="logit", target=9, foil=7, pos=-1),
-            lambda r: r.scores,
-            ContextMap,
-            pointed=False,
-            stacked=False,
+            partial(ask, of="logit", target=9, foil=7, pos=-1),
             linear=True,
         )
         for ask in (cm.alti, cm.decompx)
     ),
-    Method(
-        "scan",
-        scanned,
-        lambda r: r.mean,
-        Scan,
-        pointed=False,
-        stacked=False,
-        column="mean",
-        worded=True,
-    ),
-    Method(
-        "chats",
-        chatted,
-        by_sentence,
-        LogProbContributions,
-        pointed=False,
-        stacked=False,
-        worded=True,
-    ),
-    Method(
-        "context_reliance",
-        relied,
-        lambda r: r.scores,
-        ContextReliance,
-        pointed=False,
-        stacked=False,
-        worded=True,
-        batched=False,
-    ),
+    Method("scan", scanned, Scan, "mean", column="mean", worded=True),
+    Method("chats", chatted, LogProbContributions, worded=True),
+    Method("context_reliance", relied, ContextReliance, worded=True, batched=False),
     *(
-        Method(
-            ask.func.__name__,
-            functools.partial(graphed, ask),
-            lambda r: r.scores,
-            AttributionGraph,
-            pointed=False,
-            stacked=False,
-            batched=False,
-        )
+        Method(ask.func.__name__, partial(graphed, ask), AttributionGraph, batched=False)
         for ask in (
-            functools.partial(cm.flow, target=9, foil=7, k=12),
-            functools.partial(cm.information_flow_routes, threshold=0.1),
+            partial(cm.flow, target=9, foil=7, k=12),
+            partial(cm.information_flow_routes, threshold=0.1),
         )
     ),
 ]
@@ -408,8 +338,7 @@ def test_saved_loaded_tabulated_and_shown(method: Method, case: zoo.Case, tmp_pa
     frame = found.to_dataframe()
     numbers = method.values(found)
     numbers = numbers.norm(dim=-1) if "decompose" in method.name else numbers
-    column = "value" if method.name == "mixing_ratio" else method.column
-    assert frame[column].sum() == pytest.approx(float(numbers.sum()), rel=1e-9)
+    assert frame[method.column].sum() == pytest.approx(float(numbers.sum()), rel=1e-9)
     page = found.show()._repr_html_()
     assert "<" in page
     # The CircuitsVis library carries the addresses of XML namespaces and of its licences.
@@ -423,18 +352,16 @@ PROCESSED = [case for case in CASES if zoo.processable(case)]
 @pytest.mark.parametrize("case", PROCESSED, ids=str)
 def test_processed_weights_are_detected_and_named_once(case: zoo.Case) -> None:
     model, given = zoo.build(case, processed=True), zoo.inputs(case)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with told() as said:
         first = cm.attention_norms(model, given.tokens, at=_OPEN, **keywords(given))
         again = cm.attention_norms(model, given.tokens, at=_OPEN, **keywords(given))
-    told = [str(w.message) for w in caught if issubclass(w.category, ContextMixWarning)]
     processing = first.provenance.processing
     changes_norms = {"center_writing_weights", "fold_value_biases"} & set(processing)
     assert again.provenance.processing == processing
-    assert len(told) == bool(changes_norms)
+    assert len(said) == bool(changes_norms)
     for step in changes_norms:
-        assert step in told[0]
-        assert "no_processing" in told[0]
+        assert step in said[0]
+        assert "no_processing" in said[0]
     raw = cm.attention_norms(zoo.shared(case), given.tokens, at=_OPEN, **keywords(given))
     assert raw.provenance.processing == ()
     # What is called processed changes the map, and what changes the map is called processed.
@@ -456,7 +383,7 @@ def test_folding_norms_alone_changes_no_map_but_mlp_in(
         points.extend(["mlp_out", "resid_post"])
     before = cm.attention_norms(model, given.tokens, at=points)
     # process_weights_ has no switch for value biases and folds them too.
-    load = functools.partial(model.load_and_process_state_dict, fold_value_biases=False)
+    load = partial(model.load_and_process_state_dict, fold_value_biases=False)
     monkeypatch.setattr(model, "load_and_process_state_dict", load)
     model.process_weights_(fold_ln=True, center_writing_weights=False, center_unembed=False)
     after = cm.attention_norms(model, given.tokens, at=points)

@@ -130,10 +130,7 @@ def test_what_cannot_be_asked(causal: Any, why: str) -> None:
 
 
 def test_a_city_that_contradicts_a_fact_is_flagged(causal: Any) -> None:
-    import sys
-    from pathlib import Path
 
-    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     import context_reliance as benchmark
 
     found = benchmark.measured(causal, 8)

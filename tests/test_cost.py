@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("meters", reason="the benchmarks are part of the repository only")
 
 import reference

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("meters", reason="the benchmarks are part of the repository only")
 
 import log_prob as benchmark

@@ -16,11 +16,12 @@ from torch import Tensor
 
 import tl_contextmix as cm
 
+pytestmark = pytest.mark.newest
+
 LENGTH = 6
 TEXTS = ["the cat sat on the mat", "a dog"]
 # Softmax or routing in single precision, but for what has to be: its masks overflow above it.
 _DTYPES = {"ProphetNet": torch.float32}
-_NEWEST = pytest.mark.newest
 BRIDGED = ("LED", "LongT5", "SwitchTransformers")
 
 
@@ -52,7 +53,6 @@ def step_by_step(short: Any, tokens: Tensor, decoder_tokens: Tensor) -> Tensor:
         )
 
 
-@_NEWEST
 @pytest.mark.parametrize("kind", zoo_others.DIRECT)
 def test_every_layer_says_and_thinks_what_the_model_without_later_blocks_does(kind: str) -> None:
     whole, tokens = model(kind), words(7)
@@ -96,7 +96,6 @@ def end_of(whole: Any) -> list[int]:
     return [whole.generation_config.eos_token_id]
 
 
-@_NEWEST
 @pytest.mark.parametrize("kind", BRIDGED)
 def test_a_bridge_that_shows_too_little_for_maps_is_read_directly(kind: str) -> None:
     ask = functools.partial(cm.decoder_lens, input=TEXTS, max_new_tokens=LENGTH)
@@ -126,7 +125,6 @@ def test_a_bridge_that_shows_too_little_for_maps_is_read_directly(kind: str) -> 
         assert not torch.allclose(ask(bridge).log_probs, plain.log_probs)
 
 
-@_NEWEST
 def test_global_attention_is_followed_and_cut_with_the_padding() -> None:
     led = model("LED")
     whole = torch.zeros(2, 8, dtype=torch.long)
@@ -153,7 +151,6 @@ def test_global_attention_is_followed_and_cut_with_the_padding() -> None:
         cm.decoder_lens(t5, asked, mode="scores", target=[7, 9])
 
 
-@_NEWEST
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -168,7 +165,6 @@ def test_experts_that_depend_on_other_rows_or_on_chance_are_refused(
         cm.decoder_lens(zoo_others.direct("NllbMoe", **options), words(7))
 
 
-@_NEWEST
 def test_hooks_take_part_and_what_does_not_fit_is_refused() -> None:
     t5 = model("UMT5")
     ask: Any = functools.partial(cm.decoder_lens, t5, mode="scores", target=[7, 9])
@@ -197,6 +193,7 @@ def test_hooks_take_part_and_what_does_not_fit_is_refused() -> None:
         cm.decoder_lens(model("PegasusX"), long, mode="scores", target=[7])
 
 
+@pytest.mark.every
 def test_t5_is_read_on_every_version_of_transformer_lens() -> None:
     """No class of TransformerLens 2 runs T5 right; Hugging Face's does."""
     t5 = zoo.hf_model("t5")

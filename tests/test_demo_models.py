@@ -6,8 +6,6 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cards
@@ -18,6 +16,7 @@ import tasks
 import tokenization
 import torch
 import train
+import unchecked
 from recipes import RECIPES, Phase
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
@@ -340,14 +339,9 @@ def test_importing_the_package_is_cheap():
         "import sys, tl_contextmix.demo_models.grammar, tl_contextmix.demo_models.lexicon_fr;"
         "print([m for m in ('transformers', 'transformer_lens') if m in sys.modules])"
     )
-    assert _python("-c", code).strip() == "[]"
+    assert unchecked.run("-c", code).strip() == "[]"
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
 def test_scripts_start_from_the_top_folder(name):
-    assert f"usage: {name}.py" in _python(f"scripts/demo_models/{name}.py", "--help")
-
-
-def _python(*arguments):
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"usage: {name}.py" in unchecked.run(f"scripts/demo_models/{name}.py", "--help")

@@ -17,6 +17,8 @@ from browser import PAINTED, launched, opened
 
 from tl_contextmix.plotting import circuitsvis_source, notebooks
 
+pytestmark = pytest.mark.newest
+
 DEMOS = Path(__file__).resolve().parent.parent / "demos"
 NOTEBOOKS = sorted(DEMOS.glob("*.ipynb"))
 
@@ -47,11 +49,11 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
     return _outputs(path)[:2]
 
 
+@pytest.mark.every
 def test_there_is_a_notebook_for_each_question() -> None:
     assert [path.stem.split("_")[0] for path in NOTEBOOKS] == [*"12345678", "in"]
 
 
-@pytest.mark.newest
 def test_five_minutes_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "1_context_mixing_in_five_minutes.ipynb")
     best = names["best"]
@@ -63,7 +65,6 @@ def test_five_minutes_notebook_finds_what_it_says() -> None:
     assert "In 15 sentences, value_zeroing puts 9" in printed
 
 
-@pytest.mark.newest
 def test_comparison_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "6_which_map_should_i_believe.ipynb")
     assert names["first"] == "value_zeroing"
@@ -74,7 +75,6 @@ def test_comparison_notebook_finds_what_it_says() -> None:
     assert names["whole"].value["value_zeroing"] < names["aligned"].value["value_zeroing"] / 2
 
 
-@pytest.mark.newest
 def test_contrast_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "7_why_this_word.ipynb")
     assert names["odds"]["after"] < names["odds"]["before"] / 2 < names["odds"]["control"]
@@ -85,6 +85,7 @@ def test_contrast_notebook_finds_what_it_says() -> None:
     assert "clés from keys, sont from are" in printed
 
 
+@pytest.mark.every
 def test_workflow_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "in_your_transformerlens_workflow.ipynb")
     assert names["checked"].ok
@@ -98,7 +99,6 @@ _FOLDER = re.compile(r"\S*[/\\]tmp\w+(?=:)")
 _NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_is_committed_is_what_a_run_shows(path: Path) -> None:
     """``python docs/notebooks.py`` writes it. Other processors may differ in a last digit."""
@@ -119,7 +119,6 @@ def test_what_is_committed_is_what_a_run_shows(path: Path) -> None:
     assert kept == pytest.approx(new, rel=0.02, abs=0.011)
 
 
-@pytest.mark.newest
 def test_feed_forward_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "2_what_the_feed_forward_block_changes.ipynb")
     assert "100 sentences" in printed
@@ -129,7 +128,6 @@ def test_feed_forward_notebook_finds_what_it_says() -> None:
     assert f"layer {names['strongest']}" in printed
 
 
-@pytest.mark.newest
 def test_fact_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "4_who_wrote_the_answer.ipynb")
     # Layers add up to the model's own log-probability.
@@ -144,7 +142,6 @@ def test_fact_notebook_finds_what_it_says() -> None:
     assert f"by {names['strongest']} take" in printed
 
 
-@pytest.mark.newest
 def test_decoder_lens_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "5_decoder_lens.ipynb")
     first, table = names["first"], names["table"]
@@ -158,7 +155,6 @@ def test_decoder_lens_notebook_finds_what_it_says() -> None:
     assert "500 sentences" in printed
 
 
-@pytest.mark.newest
 def test_memories_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "3_feed_forward_memories_over_a_corpus.ipynb")
     layers = names["layers"]
@@ -177,7 +173,6 @@ def test_memories_notebook_finds_what_it_says() -> None:
     assert shares["keys" if "keys" in shares else " keys"] > 10 * abs(shares[" cabinet"])
 
 
-@pytest.mark.newest
 def test_what_notebooks_show_is_painted_in_a_browser(tmp_path: Path) -> None:
     library = notebooks._LIBRARY % circuitsvis_source.packed()
     with launched() as browser:
@@ -195,7 +190,6 @@ def test_what_notebooks_show_is_painted_in_a_browser(tmp_path: Path) -> None:
             assert frames or path.stem.startswith("in_"), path.name
 
 
-@pytest.mark.newest
 def test_flow_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "8_which_way_did_it_come.ipynb")
     assert names["agree"] == {"L2H0", "L3H0"}

@@ -82,7 +82,6 @@ def test_a_key_gives_the_neuron_s_own_pre_activation(case: zoo.Case) -> None:
     model, given = shared(case)
     trace, blocks = host_trace(view_of(model), given, None)
     ff = blocks[1].feed_forward
-    assert ff is not None
     _, bias = ff.branches()[0]
     expected = trace[ff.pre][:, POS, 3] - (0 if bias is None else bias[3])
     found = toward(model, given, cm.Direction(layer=1, neuron=3))
@@ -102,7 +101,6 @@ def test_heads_and_neurons_by_hand(family: str) -> None:
     trace, blocks = host_trace(view_of(model), given, None)
     block, along = blocks[0], vector(model)
     attention, ff = block.attentions[0], block.feed_forward
-    assert ff is not None
     stream = own(model, given, 0, "mlp_in")[:, POS] if ff.norm_in is None else None
     written = torch.einsum("bhd,hdm->bhm", trace[attention.mixed][:, POS], attention.W_O)
     neurons = ff.coefficients(trace)[:, POS, :, None] * ff.W_out
@@ -111,7 +109,6 @@ def test_heads_and_neurons_by_hand(family: str) -> None:
         raw = written.sum(1, keepdim=True) + (0 if attention.b_O is None else attention.b_O)
         written = attention.norm_out.linear(written) / attention.norm_out.scale(raw)
         out = neurons.sum(1, keepdim=True) + ff.constant()
-        assert ff.norm_out is not None
         neurons = ff.norm_out.linear(neurons) / ff.norm_out.scale(out)
     if attention.norm_after is not None:
         mid = trace.resid_in(block)[:, POS, None] + whole
@@ -137,9 +134,6 @@ def test_best_neurons_rules_positions_and_padding() -> None:
     # Under each rule the last state's value is the model's, less the norm's bias under "frozen".
     expected = own(model, given, 2, "mlp_in")[:, POS] @ vector(model)
     ff = view_of(model).blocks()[2].feed_forward
-    assert ff is not None
-    assert ff.norm_in is not None
-    assert ff.norm_in.bias is not None
     for norm in ("frozen", "frozen+beta", "recompute"):
         found = toward(model, given, target, norm=norm)
         constant = ff.norm_in.bias @ vector(model) if norm == "frozen" else 0
@@ -164,8 +158,7 @@ def test_best_neurons_rules_positions_and_padding() -> None:
 
 
 def test_models_without_logits_have_directions_and_later_layers_may_be_hooked() -> None:
-    case = case_of("gpt2")
-    model, given = shared(case)
+    model, given = shared(case_of("gpt2"))
     target = cm.Direction(vector(model), layer=1, at="mlp_in")
     plain = toward(model, given, target)
     view = view_of(model)

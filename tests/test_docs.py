@@ -26,6 +26,8 @@ from public import FUNCTIONS
 
 import tl_contextmix as cm
 
+pytestmark = pytest.mark.newest
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "pages"
 METHODS = sorted((PAGES / "methods").glob("*.md"))
@@ -49,7 +51,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.newest
 def test_documentation_fetches_nothing(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > len(METHODS) + 3
@@ -61,7 +62,6 @@ def test_documentation_fetches_nothing(site: Path) -> None:
         assert fetched == [], page.name
 
 
-@pytest.mark.newest
 def test_reference_holds_every_public_name(site: Path) -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
     # mkdocstrings gives every object that it documents an id.
@@ -72,7 +72,6 @@ def test_reference_holds_every_public_name(site: Path) -> None:
         assert f"{home}.{name}" in shown, name
 
 
-@pytest.mark.newest
 def test_equations_are_readable_without_a_script(site: Path) -> None:
     pages = {page.name: page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
     text = "".join(pages.values())
@@ -98,7 +97,6 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         """Says nothing."""
 
 
-@pytest.mark.newest
 def test_every_page_opens_on_a_phone_without_an_error_or_a_request(site: Path) -> None:
     pages = sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
     assert {"faq.html", "tutorials/index.html", "api/ContextMap.html"} <= set(pages)
@@ -122,7 +120,6 @@ def test_every_page_opens_on_a_phone_without_an_error_or_a_request(site: Path) -
     assert problems == []
 
 
-@pytest.mark.newest
 def test_search_finds_every_page(site: Path, served: str) -> None:
     found = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     places = {entry["location"].partition("#")[0] for entry in found["docs"]}
@@ -141,7 +138,6 @@ def test_search_finds_every_page(site: Path, served: str) -> None:
         assert any("faq.html" in link for link in links)
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("page", METHODS, ids=lambda path: path.stem)
 def test_method_pages_are_whole(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -185,7 +181,6 @@ def _prose(page: Path) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted(PAGES.rglob("*.md"))], ids=lambda path: path.stem
 )
@@ -199,7 +194,6 @@ def test_abbreviations_are_explained_where_they_first_stand(page: Path) -> None:
             assert words in before, f"{first[0]}: ...{text[max(0, first.start() - 60) :][:160]}"
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda path: path.stem)
 def test_examples_of_the_pages_run(page: Path) -> None:
     for code in CODE.findall(page.read_text(encoding="utf-8")):
@@ -208,7 +202,6 @@ def test_examples_of_the_pages_run(page: Path) -> None:
             exec(compile(code, str(page), "exec"), {})
 
 
-@pytest.mark.newest
 def test_public_docstrings_that_show_code_run() -> None:
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     finder = doctest.DocTestFinder()

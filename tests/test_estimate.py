@@ -118,8 +118,7 @@ def test_what_is_told_is_what_is_measured(case: zoo.Case, method: Callable[..., 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_sliding_windows_are_known(family: str) -> None:
-    case = case_of(family)
-    model, tokens = model_of(case), torch.arange(60).view(2, 30) % 40 + 15
+    model, tokens = model_of(case_of(family)), torch.arange(60).view(2, 30) % 40 + 15
     windows = [block.attentions[0].window for block in view_of(model).blocks()]
     assert windows == ([4, 4] if family == "mistral" else [4, None])
     ask = partial(cm.attention_norms, at="mlp_out", layer=0)
@@ -194,8 +193,7 @@ class _Work(TorchDispatchMode):
 
 
 def test_told_to_a_reader() -> None:
-    case = case_of("gpt2")
-    model = model_of(case)
+    model = model_of(case_of("gpt2"))
     told = cm.estimate(model, 6, partial(cm.attention_norms, at="mlp_out"), batch=3)
     assert told.method == "attention_norms(at='mlp_out')"
     assert "3 x 6 tokens" in repr(told)

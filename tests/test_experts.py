@@ -123,7 +123,6 @@ def test_experts_beside_latent_attention_are_read(version: str) -> None:
     handle = Handle(weakref.ref(model), "TransformerBridge", torch.float64, torch.device("cpu"))
     # It is None unless the experts compute what their module does.
     found = read_experts(handle, "blocks.1.mlp", EditPoints(), lambda x: block(x).detach())
-    assert found is not None
     assert found.sizes == (F, F, F, F, F)
     assert found.active == 3
 

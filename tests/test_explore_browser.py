@@ -234,7 +234,6 @@ def test_the_command_serves_a_page_until_it_is_interrupted(browser):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as running:
-        assert running.stdout is not None
         address = running.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", address)
         with window(browser, address) as (page, wrong):
@@ -245,5 +244,4 @@ def test_the_command_serves_a_page_until_it_is_interrupted(browser):
             assert running.wait(timeout=20) == 0
             assert wrong == []
         assert running.stdout.read() == "Ctrl-C ends it.\n"
-        assert running.stderr is not None
         assert running.stderr.read() == ""

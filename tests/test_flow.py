@@ -245,8 +245,7 @@ def test_edges_are_those_of_a_literal_pass_with_gates(family: str):
 
 def test_pruned_nodes_carry_exactly_their_score_in_the_linear_model():
     """Without a node, the linearised model's score is less by the node's: no more, no less."""
-    case = case_of("gptj", "gpt2")
-    model, given = shared(case)
+    model, given = shared(case_of("gptj", "gpt2"))
     whole = cm.flow(model, **one(given), target=3, foil=5, share=1.0, k=10_000)
     assert whole.explained == pytest.approx(whole.score, rel=1e-9)
     assert whole.possible == len([n for n in whole.nodes if n.pos >= 0 and n.kind != "answer"])

@@ -83,7 +83,6 @@ def test_nodes_vanish_as_with_hooks_of_ones_own(family: str):
             edits[place] = (blocks[0].resid_in, (node.pos,), 0)
         elif kind == "mlp":
             ff = blocks[node.layer].feed_forward
-            assert ff is not None
             b_post = ff.weights("b_post")
             edits[place] = (ff.post, (node.pos,), 0 if b_post is None else b_post)
         else:

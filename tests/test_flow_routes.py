@@ -152,8 +152,6 @@ def test_post_norm_states_are_after_their_norm():
     pos, head = found.pos, 1
     before = trace.resid_in(blocks[-1])[0, pos]
     norm = attention.norm_after
-    assert norm is not None
-    assert norm.weight is not None
     total = before + attention.output(trace)[0, pos]
     scale = ((total - total.mean()).square().mean() + norm.eps).sqrt()
     pattern, values = trace.pattern(attention)[0], trace.value(attention)[0]
@@ -162,6 +160,8 @@ def test_post_norm_states_are_after_their_norm():
         for h in range(len(attention.W_O))
         for source in range(len(values))
     ]
+    assert norm.weight is not None
+    assert norm is not None
     linear = [(x - x.mean()) / scale * norm.weight for x in (before, *parts)]
     expected = shares(linear, norm(total))
     mid = next(p for p, n in enumerate(found.nodes) if n.label == f"L{blocks[-1].layer} resid_mid")

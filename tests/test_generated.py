@@ -110,7 +110,6 @@ def test_decompx_adds_up_to_the_difference_of_logits(case: zoo.Case) -> None:
     ]
     for options, expected in questions:
         found = cm.decompx(model, given.tokens, **{**asked, **options})
-        assert found.bias is not None
         total = found.scores.sum(-1)[:, 0, 0, 0] + found.bias[:, 0, 0, 0]
         assert relative(total, expected) <= bound(case)
     # The vectors after the last layer, read by hand.
@@ -119,14 +118,12 @@ def test_decompx_adds_up_to_the_difference_of_logits(case: zoo.Case) -> None:
     parts, bias = vectors.parts[:, 0, -2], vectors.bias[:, 0, -2]
     whole, norm = parts.sum(dim=1) + bias, view.readout.norm
     W_U, b_U = view.readout.weights("W_U"), view.readout.weights("b_U")
-    assert W_U is not None
     column = (W_U[:, 9] - W_U[:, 7]) * view.readout.scale
     read = _frozen(norm, parts, whole[:, None]) @ column
     assert relative(found.scores[:, 0, 0, 0], read) <= bound(case)
     constant = _frozen(norm, bias, whole) @ column
     constant = constant + (0 if norm is None or norm.bias is None else norm.bias @ column)
     constant = constant + (0 if b_U is None else b_U[9] - b_U[7])
-    assert found.bias is not None
     assert float((found.bias[:, 0, 0, 0] - constant).abs().max()) <= bound(case) * (
         1 + float(read.abs().max())
     )
@@ -191,7 +188,6 @@ def test_a_foil_makes_a_map_that_adds_up() -> None:
     map = found.as_map()
     layers = cm.log_prob_contributions(model, TEXT, target=" are", foil=" is")
     attention = layers.scores[layers.components.of_kind("attn")].sum()
-    assert map.bias is not None
     assert float(map.scores.sum() + map.bias.sum()) == pytest.approx(float(attention), abs=1e-4)
     assert map.source.sides == (("decoder", 13),)
     assert map.layer_names == ("prediction",)
@@ -364,7 +360,6 @@ def test_a_generated_map_is_kept_shown_and_written(tmp_path: Path, capsys: Any) 
         ("output", 6),
         ("encoder", len(said.source.side("encoder"))),
     )
-    assert panel.hidden is not None
     assert panel.hidden[:, 1:7].tolist() == torch.ones(6, 6).triu().bool().tolist()
     assert not bool(panel.hidden[:, 7:].any())
     page = said._repr_html_()

@@ -103,8 +103,7 @@ def test_small_weights_and_those_of_other_precision_are_as_they_were() -> None:
 
 def model_in_half(family: str) -> Any:
     """A random model in bfloat16."""
-    case = case_of(family)
-    return zoo.build(case, dtype=HALF)
+    return zoo.build(case_of(family), dtype=HALF)
 
 
 def floats(result: Any) -> Iterator[Tensor]:

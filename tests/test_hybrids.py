@@ -80,10 +80,10 @@ def literal_of_layer_1(model: Any, inputs: zoo.Inputs) -> torch.Tensor:
     view = view_of(model)
     block = view.blocks()[1]
     batch, norm = make_batch(view, Given(inputs.tokens)), norm_behind(model, None)
-    assert norm is not None
 
     def out(edits: dict[str, Any]) -> torch.Tensor:
         with torch.no_grad():
+            assert norm is not None
             return norm(view.run(batch, [block.resid_out], edits=edits)[block.resid_out])
 
     whole = out({})

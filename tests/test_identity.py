@@ -165,8 +165,7 @@ def test_a_wrong_readout_is_seen(case: zoo.Case) -> None:
 
 def test_a_missing_bias_is_seen_beside_an_enormous_direction() -> None:
     # As GPT-2's first token, whose stream holds entries of 3000 while a block adds ten.
-    case = case_of("gpt2")
-    model = zoo.build(case, dtype=torch.float32)
+    model = zoo.build(case_of("gpt2"), dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if any(part in name for part in ("W_pos", "wpe", "pos_embed")):
@@ -282,7 +281,6 @@ def test_near_activations_are_told_apart(name: str, dtype: torch.dtype) -> None:
         options = {"act_fn": name, "normalization_type": "LN"}
         model = zoo_build.config_built(options, dtype=dtype, seed=0)
     ff = view_of(model).blocks()[0].feed_forward
-    assert ff is not None
     assert ff.require_activation().name == name
 
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import bound, case_of, keywords, relative, stacks, view_of
+from asked import bound, case_of, keywords, relative, shared, stacks, view_of
+from test_decoder_prompt import nllb_tokenizer
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -78,8 +79,6 @@ def require_same(found: ContextMap, alone: ContextMap, limit: float) -> None:
     for row in range(target.shape[0]):
         scores = found.scores[row][..., target[row], :][..., source[row]]
         assert relative(scores, alone.scores[row]) <= limit, found.point
-        assert found.bias is not None
-        assert alone.bias is not None
         # Measured by the scores: a model may have no bias at all.
         off = (found.bias[row][..., target[row]] - alone.bias[row]).abs().max()
         assert float(off / alone.scores[row].abs().max()) <= limit
@@ -180,8 +179,7 @@ def test_padding_that_the_model_turns_into_nan_is_refused() -> None:
 
 
 def test_masks_of_any_dtype_and_with_texts() -> None:
-    case = case_of("gpt2")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("gpt2"))
     tokens, mask = padded(given, "right", 0)
     found = [
         cm.attention_norms(model, tokens, attention_mask=mask.to(dtype)).scores
@@ -198,8 +196,7 @@ def test_masks_of_any_dtype_and_with_texts() -> None:
 
 
 def test_padding_id_outside_of_the_vocabulary_is_not_used() -> None:
-    case = case_of("gpt2")
-    model = zoo.build(case)
+    model = zoo.build(case_of("gpt2"))
     model.tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     assert model.tokenizer.pad_token_id == zoo.rows.D_VOCAB
     found = cm.attention_norms(model, TEXTS)
@@ -335,25 +332,17 @@ _SHIFT = "prepare_decoder_input_ids_from_labels"
 
 @pytest.mark.skipif(zoo_build.major() < 3, reason="TransformerLens 2 has no TransformerBridge")
 def test_the_language_of_a_text_is_the_tokenizers(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, NllbTokenizer
+    from transformers import AutoTokenizer
 
-    words = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *"\u2581abc"])}
-    NllbTokenizer(
-        vocab=words,
-        merges=[],
-        extra_special_tokens=["eng_Latn", "fra_Latn", "deu_Latn"],
-        src_lang="eng_Latn",
-        tgt_lang="fra_Latn",
-    ).save_pretrained(tmp_path)
-    fresh = AutoTokenizer.from_pretrained(tmp_path)
+    fresh = nllb_tokenizer(tmp_path, tgt_lang="fra_Latn")
     english, french, german = fresh.convert_tokens_to_ids(["eng_Latn", "fra_Latn", "deu_Latn"])
     model = zoo.build(case_of("bart", "TransformerBridge"), dtype=torch.float32)
     view = view_of(model)
-    assert view.encode_decoder is not None
     model.tokenizer = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True)
     plain = fresh("a b", add_special_tokens=False)["input_ids"]
     for _ in range(2):
         assert view.encode("a b", None) == [english, *plain, 2] == fresh("a b")["input_ids"]
+        assert view.encode_decoder is not None
         assert view.encode_decoder("a b") == [2, french, *plain]
     model.tokenizer.src_lang = "deu_Latn"
     assert view.encode("a b", None) == [german, *plain, 2]
@@ -388,8 +377,7 @@ def test_decoder_texts_of_unequal_length_equal_each_alone(case: zoo.Case) -> Non
 
 
 def test_an_unfinished_decoder_text_keeps_its_last_word() -> None:
-    case = case_of("t5")
-    model = zoo.build(case)
+    model = zoo.build(case_of("t5"))
     view = view_of(model)
     assert view.encode_decoder is not None
     finished = view.encode_decoder("the small house")
@@ -487,8 +475,7 @@ def test_labels_keep_the_marks_of_real_tokenizers(kind: str, expected: tuple[str
 
 
 def test_what_was_given_is_not_changed() -> None:
-    case = case_of("gpt2")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("gpt2"))
     tokens, mask = padded(given, "right", 17)
     kept = tokens.clone(), mask.clone()
     found = cm.attention_norms(model, tokens, attention_mask=mask)
@@ -498,8 +485,7 @@ def test_what_was_given_is_not_changed() -> None:
 
 
 def test_batches_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = case_of("gpt2")
-    model = zoo.shared(case)
+    model = zoo.shared(case_of("gpt2"))
     view = view_of(model)
     monkeypatch.setattr(type(model), "run_with_hooks", None)
     make_batch(view, Given(TEXTS[0]))

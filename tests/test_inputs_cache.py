@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import case_of, keywords, stacks, view_of
+from asked import case_of, keywords, shared, stacks, view_of
 from test_inputs import padded, points
 
 import tl_contextmix as cm
@@ -148,8 +148,7 @@ def test_a_cache_of_other_weights_or_of_an_edited_pass_is_refused(case: zoo.Case
 
 
 def test_an_edited_pass_that_can_be_followed_is_taken() -> None:
-    case = case_of("gpt2")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("gpt2"))
     hooks = [("blocks.0.attn.hook_v", lambda value, hook: value * 0.5)]
     with model.hooks(fwd_hooks=hooks):
         cache = cached(model, given)

@@ -5,22 +5,21 @@ What padding changes where there is a mask is in test_inputs.py.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import asked
 import pytest
 import torch
 import zoo
-from asked import bound, case_of, keywords, relative, stacks, view_of
+from asked import bound, case_of, keywords, relative, shared, stacks, view_of
 from test_conformance import METHODS, Method, answers
 from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.inputs import padding as measured
-from tl_contextmix.errors import ContextMixWarning
 
 TEXTS = ["the cat sat on the mat", "a dog"]
 P = 0  # padding of the tokenizers below
@@ -30,10 +29,8 @@ W = 7  # a word
 @contextmanager
 def told(*parts: str) -> Iterator[None]:
     """One warning with these parts where there are some, else none."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with asked.told() as texts:
         yield
-    texts = [str(w.message) for w in caught if issubclass(w.category, ContextMixWarning)]
     assert len(texts) == bool(parts), texts
     for part in parts:
         assert part in texts[0]
@@ -122,7 +119,6 @@ def test_own_ids_give_what_their_texts_give(case: zoo.Case) -> None:
     batch = make_batch(view_of(model), Given(TEXTS))
     decoder = keywords(zoo.Inputs(batch.main.ids, batch.decoder and batch.decoder.ids))
     pad = view_of(model).padding()
-    assert pad is not None
     ids = batch.main.ids.masked_fill(~batch.main.mask, pad.token)
     with told("input is taken as padded", "ends of row 1"):
         tokens = cm.attention(model, ids, **decoder)
@@ -144,7 +140,6 @@ def test_padding_of_the_decoder_side(family: str) -> None:
     case = case_of(family)
     model, given = zoo.shared(case), zoo.inputs(case)
     pad = view_of(model).padding()
-    assert pad is not None
     start = zoo.rows.FAMILIES[family].decoder_start
     rows = torch.tensor([[start, 9, 8, 7], [start, 9, pad.token, pad.token]])
     with told("decoder_input is taken as padded", "ends of row 1", "give texts"):
@@ -175,8 +170,7 @@ BOTH = [pytest.param(method, id=method.name) for method in METHODS if answers(me
 
 @pytest.mark.parametrize("method", BOTH)
 def test_every_method_masks_where_the_host_does_not(method: Method) -> None:
-    case = case_of("both_ways")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("both_ways"))
     answered = []
     for pad in (0, 17):
         tokens, mask = behind(given, pad)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ import transformers
 import zoo
 from asked import relative
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("hf_literal", reason="the benchmarks are part of the repository only")
 
 from hf_literal import as_inseq, half_squared, literal, one_minus_cosine, stacks_of

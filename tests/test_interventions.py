@@ -105,7 +105,6 @@ def test_a_part_taken_out_of_the_stream_changes_what_the_feed_forward_reads(
     view = view_of(model)
     block = view.blocks()[-1]
     ff = block.feed_forward
-    assert ff is not None
     options = {"layer": -1, **keywords(given)}
     stream = cm.decompose(model, given.tokens, at="resid_mid", **options)
     part = stream.parts[:, 0, :, SOURCE]
@@ -156,7 +155,6 @@ def test_the_last_neuron_taken_out_lowers_the_log_prob_by_its_contribution(famil
     view = view_of(model)
     block = view.blocks()[-1]
     ff = block.feed_forward
-    assert ff is not None
     count = ff.W_out.shape[0]
     scores = cm.log_prob_contributions(model, given.tokens, by="ff_neuron", pos=-1, target=[7, 9])
     components = scores.components
@@ -167,7 +165,6 @@ def test_the_last_neuron_taken_out_lowers_the_log_prob_by_its_contribution(famil
     state = recorded(model, given, [block.resid_out], {})[block.resid_out][:, -1]
     held = torch.ones_like(state) if norm is None else norm.scale(state)
     W_U = readout.weights("W_U")
-    assert W_U is not None
     # What a gated sublayer adds behind its product is no neuron's.
     b_post = ff.weights("b_post")
     b_post = 0 if b_post is None else b_post
@@ -179,6 +176,7 @@ def test_the_last_neuron_taken_out_lowers_the_log_prob_by_its_contribution(famil
         stream = stream - ff.constant()
         hidden = stream if norm is None else norm.linear(stream) / held
         hidden = hidden if norm is None or norm.bias is None else hidden + norm.bias
+        assert W_U is not None
         logits = hidden * readout.scale @ W_U
         b_U = readout.weights("b_U")
         logits = logits if b_U is None else logits + b_U

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ from tl_contextmix.adapters.loading import load_demo, load_model
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder
 from tl_contextmix.errors import ContextMixWarning, InvalidInput, UnsupportedModel
 
-MAJOR = int(importlib.metadata.version("transformer-lens").split(".")[0])
+MAJOR = zoo_build.major()
 TOLERANCE = 1e-4
 """Difference of log-probabilities from Hugging Face in float32. Measured: at most 2e-5."""
 

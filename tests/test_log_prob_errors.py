@@ -81,8 +81,7 @@ def test_question_that_cannot_be_asked(options: dict[str, Any], message: str, mo
 
 
 def test_a_mask_is_needed_once() -> None:
-    case = case_of("bert")
-    model = zoo.shared(case)
+    model = zoo.shared(case_of("bert"))
     for tokens, seen in ((TOKENS * 0 + 9, "0 masks in sentence 0"), (TOKENS * 0 + 4, "3 masks")):
         with pytest.raises(cm.InvalidInput, match=f"{seen}.*give pos="):
             cm.log_prob_contributions(model, tokens)
@@ -92,8 +91,7 @@ def test_a_mask_is_needed_once() -> None:
 
 
 def test_no_predictions_without_a_vocabulary_readout(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = case_of("bert")
-    model = zoo.build(case)
+    model = zoo.build(case_of("bert"))
     monkeypatch.setattr(model, "_tl_contextmix_headless", True, raising=False)
     calls = [
         lambda: cm.log_prob_contributions(model, TOKENS, pos=1),

@@ -24,8 +24,7 @@ pytestmark = pytest.mark.once
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
 def test_the_scores_that_the_paper_compares(family: str) -> None:
-    case = case_of(family)
-    model, given = shared(case)
+    model, given = shared(case_of(family))
     view, row, rule = view_of(model), 1, "frozen+beta"
     parts = literal(model, given, row)
     whole, layers = parts.whole(), layers_of(parts)
@@ -102,8 +101,7 @@ def test_readouts_are_logits_that_add_up(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_padding_changes_nothing_and_padded_sources_have_no_score(family: str) -> None:
-    case = case_of(family)
-    model, given = shared(case)
+    model, given = shared(case_of(family))
     mask = torch.ones_like(given.tokens)
     mask[0, 4:] = 0
     for by in ("position", "head_position", "attn_neuron"):
@@ -134,8 +132,7 @@ def test_padding_changes_nothing_and_padded_sources_have_no_score(family: str) -
 
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_a_cache_instead_of_a_pass(family: str) -> None:
-    case = case_of(family)
-    model, given = shared(case)
+    model, given = shared(case_of(family))
     _, cache = model.run_with_cache(given.tokens, **keywords(given))
     for by in ("layer", "ff_neuron"):
         fresh, found = asked(model, given, by=by), asked(model, given, by=by, cache=cache)
@@ -228,8 +225,7 @@ def test_cross_attention_is_a_component_of_its_own() -> None:
 
 
 def test_gaps_are_what_the_components_miss() -> None:
-    case = case_of("gpt2")
-    model, given = shared(case)
+    model, given = shared(case_of("gpt2"))
     layers = asked(model, given)
     for by in KEPT:
         found: Any = asked(model, given, by=by)
@@ -249,8 +245,7 @@ def test_gaps_are_what_the_components_miss() -> None:
     ("family", "left"), [("gpt2", False), ("gpt2", True), ("opt", False), ("bart", False)]
 )
 def test_the_best_of_sentences_of_different_length(family: str, left: bool) -> None:
-    case = case_of(family)
-    model, given = shared(case)
+    model, given = shared(case_of(family))
     mask = torch.ones_like(given.tokens)
     mask[0, slice(3) if left else slice(3, None)] = 0
     options = {"attention_mask": mask, "by": "attn_neuron", "pos": -1, **keywords(given)}
@@ -288,8 +283,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "mistral"])
 def test_what_comes_later_is_no_component(family: str) -> None:
     """As if the sentence ended there, whatever the score."""
-    case = case_of(family)
-    model, given = shared(case)
+    model, given = shared(case_of(family))
     for by, options in (
         ("position", {}),
         ("head_position", {}),

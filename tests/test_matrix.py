@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ import pytest
 import test_conformance
 import test_goldens
 import test_render_results
+import unchecked
 import zoo
 from matrix import CONTRACT, GOLDENS, SHOWN, Matrix
 from zoo import major
@@ -58,11 +57,9 @@ def test_a_case_that_is_no_longer_collected_fails(full: Matrix) -> None:
 
 @pytest.mark.once
 def test_fast_tests_ask_every_method_on_every_class_and_show_every_result() -> None:
-    command = [sys.executable, "-m", "pytest", "-m", "fast", "--collect-only", "-q", "-p"]
-    command += ["no:cacheprovider", "--jaxtyping-packages="]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.findall(r"^tests/(\w+)\.py::\w+\[(.+)\]$", done.stdout, re.MULTILINE)
+    options = ["-m", "fast", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    said = unchecked.run("-m", "pytest", *options, "--jaxtyping-packages=")
+    found = re.findall(r"^tests/(\w+)\.py::\w+\[(.+)\]$", said, re.MULTILINE)
     ids = {name: {own for module, own in found if module == name} for name in matrix.FAST}
     cases = [case for case in zoo.cases() if case.id in ids[GOLDENS]]
     assert {case.host for case in cases} == {case.host for case in zoo.cases()}

@@ -52,7 +52,6 @@ def every_coefficient(
         ids = torch.tensor([view.encode(text, None)])
         trace = view.run(make_batch(view, Given(ids)), trace_of)
         for block in view.stacks[stack]:
-            assert block.feed_forward is not None
             found = block.feed_forward.coefficients(trace)[0]
             for pos in range(before, ids.shape[1] - behind):
                 for neuron in range(found.shape[1]):
@@ -493,7 +492,6 @@ def test_documents_that_cannot_be_used(tmp_path: Path):
     model = zoo.build(case_of("gpt2"))
     corpus = tmp_path / "c.jsonl"
     n_ctx = view_of(model).n_ctx
-    assert n_ctx is not None
     lines = [
         b'{"text": "the cat sat"}',
         b"{broken",
@@ -524,6 +522,7 @@ def test_documents_that_cannot_be_used(tmp_path: Path):
         assert counts["documents"] == 10
         assert (counts["malformed"], counts["empty"], counts["too_long"]) == (5, 2, 1)
         assert counts["cut_tokens"] == cut
+        assert n_ctx is not None
         assert counts["tokens"] == 4 + 2 + (n_ctx if cut else 0)
         assert str(counts["malformed"]) in repr(found)
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from asked import case_of
+from asked import case_of, shared
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("meters", reason="the benchmarks are part of the repository only")
 
 import zoo
@@ -111,7 +108,6 @@ def test_every_route_transmits_the_same(gated: bool, monkeypatch: pytest.MonkeyP
     """As DecompX does: several parts of each place."""
     block, trace = build(replace(SMALL, gated=gated), torch.float64)
     ff = with_relu(block, trace).feed_forward
-    assert ff is not None
     x = torch.randn(2, 5, SMALL.d, dtype=torch.float64)
     parts = torch.randn(2, 5, 3, SMALL.d, dtype=torch.float64)
     slopes, _ = ff.linearise(ff.pre_activations(x * 0), ff.pre_activations(x), False)
@@ -184,7 +180,6 @@ def test_short_inputs_are_not() -> None:
 
 def test_many_parts_of_a_place_are_folded() -> None:
     ff = build(Sizes(4, d=96, heads=2, m=384))[0].feed_forward
-    assert ff is not None
     slopes = (torch.rand(1, 300, 384),)
     few, many = (
         flops(partial(ff.transmit, torch.randn(1, 300, count, 96), slopes), elementwise=False)
@@ -208,8 +203,7 @@ def test_the_count_of_active_neurons_is_their_own() -> None:
 def test_decompx_carries_all_tokens_at_once_to_the_same_numbers(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = case_of(family)
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of(family))
     chunks = cm.decompx(model, given.tokens)
     monkeypatch.setattr(decompx._Carried, "_long", lambda self, max_bytes: True)
     monkeypatch.setattr(decompx, "_STRETCHES", 3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,7 +12,6 @@ import zoo
 from test_conformance import METHODS, QUESTIONS
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("tables", reason="the benchmarks are part of the repository only")
 
 import tables

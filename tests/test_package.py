@@ -7,7 +7,6 @@ import importlib
 import re
 import statistics
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -16,6 +15,7 @@ from typing import Any
 
 import jaxtyping
 import pytest
+import unchecked
 
 pytestmark = pytest.mark.once
 
@@ -249,17 +249,9 @@ print(time.process_time() - before, *(name for name in {heavy} if name in sys.mo
 
 
 def test_import_is_cheap_and_loads_no_host():
-    runs = [_run_python(_MEASURE.format(heavy=HEAVY)).split() for _ in range(3)]
+    runs = [unchecked.run("-c", _MEASURE.format(heavy=HEAVY)).split() for _ in range(3)]
     assert {name for run in runs for name in run[1:]} == set()
     assert statistics.median(float(run[0]) for run in runs) < _BUDGET
-
-
-def _run_python(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_sources_that_were_not_installed_have_a_version_too(monkeypatch):
@@ -272,7 +264,7 @@ def test_sources_that_were_not_installed_have_a_version_too(monkeypatch):
 
 def test_public_names_are_listed_before_they_are_loaded():
     listed = "import tl_contextmix as cm; print({*cm.__all__} <= {*dir(cm)}, 'compare' in vars(cm))"
-    assert _run_python(listed).split() == ["True", "False"]
+    assert unchecked.run("-c", listed).split() == ["True", "False"]
 
 
 def test_few_names_are_public_and_old_ones_name_the_new():

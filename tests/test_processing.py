@@ -5,21 +5,21 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import zoo
 import zoo_build
-from asked import case_of, relative
+from asked import case_of, relative, told
 from torch import Tensor, nn
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.weight_processing import _WARNED
 from tl_contextmix.engine.log_prob_scores import SPLITS
 from tl_contextmix.engine.parts import POINTS
-from tl_contextmix.errors import ContextMixWarning
-from tl_contextmix.results import LogProbContributions
+from tl_contextmix.results import LogProbContributions, Memories, ValueReadouts
 
 STEPS = (
     "fold_ln",
@@ -34,80 +34,76 @@ NEURONS: dict[str, Any] = {
     "attn_neuron": [(1, 0, 2), (1, 1, 3)],
     "head": [(0, 1), (1, 0)],
 }
-Method = Callable[[Any, Tensor], Tensor]
 
 
-def methods() -> dict[str, Method]:
+def _values(model: Any, tokens: Tensor, **options: Any) -> ValueReadouts:
+    return cm.ff_values(model, **options)
+
+
+def methods() -> dict[str, Callable[..., Any]]:
     """Every method under every option that processing makes a difference for, by its name."""
-    found: dict[str, Method] = {
-        "attention": lambda m, x: cm.attention(m, x).scores,
-        "globenc": lambda m, x: cm.globenc(m, x).scores,
-        "alti": lambda m, x: cm.alti(m, x).scores,
-        "decompx": lambda m, x: cm.decompx(m, x).scores,
-        "token_memory": lambda m, x: cm.token_memory(m, x).shares,
+    found: dict[str, Callable[..., Any]] = {
+        ask.__name__: ask
+        for ask in (cm.attention, cm.globenc, cm.alti, cm.decompx, cm.token_memory)
     }
     for at in POINTS:
-        found[f"attention_norms {at}"] = lambda m, x, at=at: cm.attention_norms(m, x, at=at).scores
-        found[f"decompose {at}"] = lambda m, x, at=at: cm.decompose(m, x, at=at).parts
+        found[f"attention_norms {at}"] = partial(cm.attention_norms, at=at)
+        found[f"decompose {at}"] = partial(cm.decompose, at=at)
     for at in ("mlp_in", "resid_mid"):
-        found[f"mixing_ratio {at}"] = lambda m, x, at=at: cm.mixing_ratio(m, x, at=at).values
+        found[f"mixing_ratio {at}"] = partial(cm.mixing_ratio, at=at)
     for last in (True, False):
-        found[f"value_zeroing {last}"] = lambda m, x, last=last: (
-            cm.value_zeroing(m, x, final_norm=last).scores
-        )
+        found[f"value_zeroing {last}"] = partial(cm.value_zeroing, final_norm=last)
     for of in ("logit", "log_prob"):
-        found[f"gradient_x_input {of}"] = lambda m, x, of=of: (
-            cm.gradient_x_input(m, x, of=of).scores
-        )
-        found[f"integrated_gradients {of}"] = lambda m, x, of=of: (
-            cm.integrated_gradients(m, x, of=of, steps=50).scores
-        )
+        found[f"gradient_x_input {of}"] = partial(cm.gradient_x_input, of=of)
+        found[f"integrated_gradients {of}"] = partial(cm.integrated_gradients, of=of, steps=50)
     for by in SPLITS:
         if by == "expert":
             continue  # this model has none
-        found[f"log_prob_contributions {by}"] = lambda m, x, by=by: (
-            cm.log_prob_contributions(m, x, by=by, **GOLD).scores
-        )
-        found[f"component_readouts {by}"] = lambda m, x, by=by: (
-            cm.component_readouts(m, x, components=_components(x, by)).top_logits
+        found[f"log_prob_contributions {by}"] = partial(cm.log_prob_contributions, by=by, **GOLD)
+        found[f"component_readouts {by}"] = lambda m, x, by=by: cm.component_readouts(
+            m, x, components=_components(x, by)
         )
         for share in ("exact", "ratio"):
-            found[f"query_contributions {by} {share}"] = lambda m, x, by=by, share=share: (
-                cm.query_contributions(
-                    m, x, neurons=NEURONS["ff_neuron"], by=by, share=share, **GOLD
-                ).scores
+            found[f"query_contributions {by} {share}"] = partial(
+                cm.query_contributions, neurons=NEURONS["ff_neuron"], by=by, share=share, **GOLD
             )
     for by in ("layer", "head", "position", "head_position"):
-        found[f"query_contributions {by} of an edge"] = lambda m, x, by=by: (
-            cm.query_contributions(m, x, edge=(1, 2, -1, 1), by=by).scores
+        found[f"query_contributions {by} of an edge"] = partial(
+            cm.query_contributions, edge=(1, 2, -1, 1), by=by
         )
     for score in ("coefficient", "norm", "coefficient_norm", "rank"):
-        found[f"log_prob_contributions ff_neuron {score}"] = lambda m, x, score=score: (
-            cm.log_prob_contributions(m, x, by="ff_neuron", score=score, **GOLD).scores
+        found[f"log_prob_contributions ff_neuron {score}"] = partial(
+            cm.log_prob_contributions, by="ff_neuron", score=score, **GOLD
         )
     for cut, chosen in NEURONS.items():
         name = "heads" if cut == "head" else "neurons"
         for instead in ("zero", "mean"):
-            found[f"knockout {cut} {instead}"] = lambda m, x, n=name, c=chosen, i=instead: (
-                cm.knockout(m, x, **{n: c}, replace_with=i, everywhere=True, **GOLD).after
+            found[f"knockout {cut} {instead}"] = partial(
+                cm.knockout, **{name: chosen}, replace_with=instead, everywhere=True, **GOLD
             )
-    for projection in ("none", "folded", "frozen"):
-        text = "the cat" if projection == "frozen" else None
-        found[f"ff_values {projection}"] = lambda m, x, p=projection, t=text: torch.cat(
-            [(v := cm.ff_values(m, projection=p, text=t)).logits.flatten(), v.norm]
-        )
-    for projection in ("none", "model"):
-        found[f"ff_memories {projection}"] = lambda m, x, p=projection: torch.cat(
-            [(v := cm.ff_memories(m, x, projection=p)).probability.flatten(), v.norm.flatten()]
-        )
+    for way, text in (("none", None), ("folded", None), ("frozen", "the cat")):
+        found[f"ff_values {way}"] = partial(_values, projection=way, text=text)
+    for how in ("none", "model"):
+        found[f"ff_memories {how}"] = partial(cm.ff_memories, projection=how)
     return found
+
+
+# Arrays of results: of several the first counts.
+NUMBERS = ("top_logits", "scores", "parts", "values", "shares", "after", "logits", "probability")
+
+
+def numbers(result: Any) -> Tensor:
+    """The numbers of a result, lengths of values beside what these promote."""
+    array = getattr(result, next(name for name in NUMBERS if hasattr(result, name)))
+    lengths = [result.norm.flatten()] if isinstance(result, (Memories, ValueReadouts)) else []
+    return torch.cat([array.flatten(), *lengths]).double().nan_to_num(-7)
 
 
 @functools.cache
 def _unprocessed() -> dict[str, Tensor]:
     """What every method says about the unprocessed model."""
     tokens = zoo.inputs(_case()).tokens[:1]
-    return {name: method(zoo.shared(_case()), tokens) for name, method in methods().items()}
+    return {name: numbers(ask(zoo.shared(_case()), tokens)) for name, ask in methods().items()}
 
 
 def _components(tokens: Tensor, by: Any) -> LogProbContributions:
@@ -130,11 +126,9 @@ def test_a_method_speaks_up_where_its_numbers_change_and_nowhere_else(step: str)
     tokens = zoo.inputs(_case()).tokens[:1]
     wrong = {}
     for name, method in methods().items():
-        expected = _unprocessed()[name].double().nan_to_num(-7)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = method(model, tokens).double().nan_to_num(-7)
-        said = [str(one.message) for one in caught if one.category is ContextMixWarning]
+        expected = _unprocessed()[name]
+        with told() as said:
+            found = numbers(method(model, tokens))
         # Processing is in float32: 1e-6 where it changes nothing.
         change = relative(found, expected)
         heard = " ".join(text for text in said if text.startswith(f"{name.split()[0]} of "))
@@ -153,8 +147,7 @@ def test_a_method_speaks_up_where_its_numbers_change_and_nowhere_else(step: str)
 def test_it_speaks_up_once_for_each_method_and_says_what_to_do() -> None:
     case = case_of("gpt2")
     model, tokens = zoo.build(case, processed=True), zoo.inputs(case).tokens
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with told() as said:
         cm.check(model)
         cm.attention(model, tokens)
         cm.estimate(model, 4, method=cm.value_zeroing)
@@ -165,17 +158,16 @@ def test_it_speaks_up_once_for_each_method_and_says_what_to_do() -> None:
             next(model.parameters()).mul_(1.01)
         cm.attention_norms(model, tokens, at="resid_mid")
         cm.attention_norms(model, tokens, at="mlp_in")
-    told = [str(one.message) for one in caught if one.category is ContextMixWarning]
-    assert [text.split()[0] for text in told] == [
+    assert [text.split()[0] for text in said] == [
         *("attention_norms", "value_zeroing", "attention_norms")
     ]
-    assert "center_writing_weights: " in told[0]
-    assert "fold_ln: " in told[2]
+    assert "center_writing_weights: " in said[0]
+    assert "fold_ln: " in said[2]
     remedies = {
         "HookedTransformer": "from_pretrained_no_processing(",
         "TransformerBridge": "without enable_compatibility_mode()",
     }
-    for text in told:
+    for text in said:
         assert remedies[case.host] in text
         assert "tl_contextmix.load_model" in text
         assert " %" not in text  # no size: it cannot be known

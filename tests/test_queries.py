@@ -111,7 +111,6 @@ def test_cross_attention_neurons_read_the_encoder() -> None:
     kinds = {found.components.at(0, i)["kind"] for i in range(found.scores.shape[1])}
     assert {"encoder embed", "encoder attn", "encoder mlp"} <= kinds
     # Components of the encoder stand at its words, not at the decoder's.
-    assert found.encoder is not None
     for row, words in enumerate(found.encoder.strings):
         every_one = [found.components.at(row, i) for i in range(found.scores.shape[1])]
         mine = torch.tensor([str(one["kind"]).startswith("encoder") for one in every_one])
@@ -127,8 +126,7 @@ def test_cross_attention_neurons_read_the_encoder() -> None:
 
 
 def test_chains_top_k_ratio_and_lists() -> None:
-    case = case_of("gpt2")
-    model, given = shared(case)
+    model, given = shared(case_of("gpt2"))
     every = found_by(model, given, "ff_neuron")
     last = every.components.layer == 2
     neurons = replace(every, scores=every.scores.masked_fill(~last, torch.nan)).top(3)
@@ -146,8 +144,6 @@ def test_chains_top_k_ratio_and_lists() -> None:
     trace, blocks = host_trace(view, given, None)
     one = neurons.components.at(0, 0)
     ff = blocks[2].feed_forward
-    assert ff is not None
-    assert ff.norm_in is not None
     weight, gain = ff.weights("W_in"), ff.norm_in.weight
     assert weight is not None
     assert gain is not None
@@ -164,8 +160,7 @@ def test_chains_top_k_ratio_and_lists() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    case = case_of("gpt2")
-    model, given = shared(case)
+    model, given = shared(case_of("gpt2"))
     with pytest.raises(cm.InvalidInput, match=r"which stream.*L1H2N3.*by 'attn_neuron'"):
         queried(model, given, [(1, 2, 3)])
     with pytest.raises(cm.InvalidInput, match=r"read no components by ff_neuron.*L0N3"):

@@ -6,8 +6,6 @@ import dataclasses
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import matplotlib
 import matplotlib.figure
 import pytest
 import torch
+import unchecked
 from hand_built import map_of, random_map, tokens
 from hostile import HOSTILE
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -326,14 +325,12 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 def test_pyplot_is_left_alone():
     # dict's own access: reading the backend by name would choose one, and import pyplot.
     code = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']; import matplotlib as m; "
+        "import sys, matplotlib as m; "
         "from hand_built import random_map; before = m.rcParams.copy(); random_map().figure(); "
         "get = dict.__getitem__; print('matplotlib.pyplot' in sys.modules, "
         "[k for k in before if get(before, k) != get(m.rcParams, k)])"
     )
-    root = str(Path(__file__).parent.parent)
-    found = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True)
-    assert found.stdout.strip() == "False []", found.stderr
+    assert unchecked.run("-c", code).strip() == "False []"
 
 
 def test_many_tokens_and_sheets_fit():

@@ -232,8 +232,7 @@ def test_what_is_replaced_is_seen_and_what_is_put_back_too(
 
 
 def test_what_runs_in_a_bridge_is_seen_where_it_is_none_of_its_modules() -> None:
-    case = case_of("gpt2", host="TransformerBridge")
-    model = zoo.build(case)
+    model = zoo.build(case_of("gpt2", host="TransformerBridge"))
     assert not view_of(model).readout.refusal
     holder = model.original_model.transformer
     assert holder not in set(model.modules())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import case_of, host_trace, stacks, view_of
+from asked import case_of, host_trace, shared, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -240,8 +240,7 @@ def test_operations_are_those_of_the_last_product_and_little_more(n: int, causal
 
 
 def test_kept_folds_change_no_bit_and_no_answer_when_weights_change() -> None:
-    case = case_of("llama")  # gated: two folds per block
-    model = zoo.build(case)
+    model = zoo.build(case_of("llama"))
     tokens = torch.arange(3, 27)[None]
     first = cm.value_zeroing(model, tokens)
     blocks = as_view(model).blocks()
@@ -357,9 +356,8 @@ def test_float32_keeps_the_digits_of_tiny_effects() -> None:
         return None if weight is None else weight.float()
 
     ff = block.feed_forward
-    assert ff is not None
-    assert ff.norm_in is not None
     norm = ff.norm_in.to(torch.float32)
+    assert ff is not None
     block = replace(
         block,
         attentions=(replace(block.attentions[0], weights=single),),
@@ -377,8 +375,7 @@ def test_float32_keeps_the_digits_of_tiny_effects() -> None:
 
 
 def test_values_of_zero_move_nothing_and_rows_of_zeros_stay_zero() -> None:
-    case = case_of("gpt2")
-    model, given = zoo.shared(case), zoo.inputs(case)
+    model, given = shared(case_of("gpt2"))
     trace, blocks = host_trace(view_of(model), given, None)
     # Without what the model made of its real values.
     cache = {name: trace[name] for block in blocks for name in block.points()}

@@ -32,7 +32,6 @@ def script(name: str) -> Any:
         f"reproductions_{name}", ROOT / "reproductions" / f"{name}.py"
     )
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module
     spec.loader.exec_module(module)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from hand_built import map_of, random_map, tokens
+from hand_built import map_of, random_map, sentence, tokens
 
 import tl_contextmix as cm
 from tl_contextmix import results
@@ -43,11 +43,6 @@ ARRAYS: dict[type, Any] = {
     type(one): one for path in FILES if isinstance(one := Result.load(path), LabelledArray)
 }
 EACH = [pytest.param(one, id=kind.__name__) for kind, one in ARRAYS.items()]
-
-
-def sentence(*words: str) -> Tokens:
-    ids = torch.arange(len(words))[None]
-    return Tokens(ids, (words,), torch.ones_like(ids, dtype=torch.bool), (("decoder", len(words)),))
 
 
 def agreement_map() -> ContextMap:

@@ -109,8 +109,6 @@ def test_the_linear_part_of_a_norm_distributes_over_sums(kind: Kind) -> None:
 
 def test_norms_change_dtype_with_what_they_have() -> None:
     norm = Norm("ln", random(OUT), random(OUT), 1e-5).to(torch.float32)
-    assert norm.weight is not None
-    assert norm.bias is not None
     assert norm.weight.dtype == norm.bias.dtype == torch.float32
     assert Norm("rms", None, None, 1.0).to(torch.float32) == Norm("rms", None, None, 1.0)
 
@@ -136,8 +134,6 @@ def test_blocks_of_a_read_equal_those_of_its_parts(sources: slice) -> None:
 def test_vectors_are_kept_once_computed_and_only_for_their_stretch() -> None:
     read = read_of()
     whole, some = read.ready(), read.ready(slice(1, 3))
-    assert whole.kept is not None
-    assert some.kept is not None
     assert (whole.first, some.first) == (0, 1)
     assert (whole.kept.shape[1], some.kept.shape[1]) == (SOURCES, 2)
     assert whole.vectors().data_ptr() == whole.kept.data_ptr()
@@ -374,8 +370,6 @@ def test_only_the_first_read_has_the_targets_own() -> None:
 
 def test_a_ready_mixture_keeps_each_reads_share_of_the_sources() -> None:
     first, second = two_reads().ready(slice(2, 6)).terms
-    assert first.kept is not None
-    assert second.kept is not None
     assert (first.first, first.kept.shape[1]) == (2, 2)
     assert (second.first, second.kept.shape[1]) == (0, 2)
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import case_of, view_of
+from asked import case_of, told, view_of
+from hand_built import sentence
 from public import FUNCTIONS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -31,6 +32,7 @@ from tl_contextmix.evaluation.minimal_pairs import place_tokens
 from tl_contextmix.results import Tokens
 
 APART = "they don\u2019t know the caf\u00e9 \U0001f642 \u6cb3"
+labels = partial(sentence, spaced=True)
 CORPUS = ["the caf\u00e9 isn\u2019t here", "\u201cthe cat\u201d is here"]
 
 
@@ -104,12 +106,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return TransformerBridge.boot_transformers(
             "tiny", hf_model=hf, tokenizer=tokenizer, device="cpu", dtype=torch.float64
         )
-
-
-def labels(*pieces: str, spaced: bool | None = True) -> Tokens:
-    ids = torch.arange(len(pieces))[None]
-    real = torch.ones_like(ids, dtype=torch.bool)
-    return Tokens(ids, (pieces,), real, (("decoder", len(pieces)),), spaced=spaced)
 
 
 # Pieces
@@ -248,8 +244,7 @@ def test_words_do_not_depend_on_the_other_rows(model: Any) -> None:
 def test_words_of_word_pieces_and_of_files_that_do_not_say() -> None:
     pieces = ("the", "un", "##able", "cat")
     assert labels(*pieces, spaced=False).words() == labels(*pieces, spaced=None).words()
-    case = case_of("bert")
-    assert cm.attention(zoo.shared(case), "the cat").source.spaced is False
+    assert cm.attention(zoo.shared(case_of("bert")), "the cat").source.spaced is False
     one = labels("a", " b", spaced=None)
     other = labels("c", "d", spaced=None)
     both = Tokens(
@@ -337,10 +332,6 @@ def test_special_tokens_are_left_out_wherever_they_stand(tmp_path: Path) -> None
 # Special tokens in a text
 
 
-def said(record: list[warnings.WarningMessage]) -> list[str]:
-    return [str(one.message) for one in record if issubclass(one.category, ContextMixWarning)]
-
-
 def test_a_text_with_its_own_bos_gets_no_second_one() -> None:
     demo = cm.load_demo("causal-lm")
     bos, text = demo.tokenizer.bos_token, "the capital of france is"
@@ -368,10 +359,9 @@ def test_every_method_warns_of_a_second_bos() -> None:
     demo = zoo.shared(case_of("gpt2"))
     text = demo.tokenizer.bos_token + " the house"
     for name, function in asked_of_text():
-        with warnings.catch_warnings(record=True) as record:
-            warnings.simplefilter("always")
+        with told() as said:
             function(demo, text)
-        assert any("has its own" in message for message in said(record)), name
+        assert any("has its own" in message for message in said), name
 
 
 def test_an_unknown_word_is_no_bos() -> None:
@@ -548,8 +538,7 @@ def test_games_are_mined_without_a_tokenizer(toy: Any, tmp_path: Path) -> None:
 
 
 def test_labels_name_what_a_decoder_says() -> None:
-    case = case_of("t5", "bart", host="TransformerBridge")
-    made = zoo.build(case, tokenizer=False)
+    made = zoo.build(case_of("t5", "bart", host="TransformerBridge"), tokenizer=False)
     moves = [f"m{token}" for token in range(view_of(made).d_vocab)]
     game = torch.tensor([[13, 41, 12, 60]])
     scored = cm.decoder_lens(made, game, mode="scores", target=["m7", "m9"], labels=moves)

@@ -513,7 +513,6 @@ def _applied(source: str, path: str, text: str) -> str:
     return "".join(lines)
 
 
-@pytest.mark.newest
 def test_registered_adapters_are_found_with_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformer_lens.model_bridge.sources import _hf_format
 
@@ -533,7 +532,6 @@ def test_registered_adapters_are_found_with_the_patch(monkeypatch: pytest.Monkey
     names["test_registered_adapter_is_found"](monkeypatch)
 
 
-@pytest.mark.newest
 def test_switch_shows_patterns_with_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformer_lens.factories import architecture_adapter_factory as factory
     from transformer_lens.model_bridge.supported_architectures import switch_transformers

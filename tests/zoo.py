@@ -22,26 +22,7 @@ from torch import Tensor
 from zoo_build import major
 from zoo_refused import REFUSED, RefusedCase
 
-__all__ = [
-    "CURVED_READOUT",
-    "EXPECTED",
-    "FLOAT32_INSIDE",
-    "OPAQUE_FEED_FORWARD",
-    "REFUSED",
-    "Case",
-    "Inputs",
-    "RefusedCase",
-    "build",
-    "cases",
-    "hf_families",
-    "hf_model",
-    "inputs",
-    "kinds",
-    "logits",
-    "major",
-    "processable",
-    "shared",
-]
+__all__ = ["REFUSED", "RefusedCase", "major"]  # which are from elsewhere
 
 
 @dataclass(frozen=True)
