@@ -156,14 +156,14 @@ def test_few_values_are_read_as_all_are(
 
 @pytest.mark.once
 def test_a_first_call_reads_few_values() -> None:
-    """A third of a pass and of what reads states; to read all values is more than the whole."""
+    """Two fifths of a pass and of what reads states; to read all values is more than the whole."""
     model = random_gpt2(words=20_000, positions=64)
     ids = torch.randint(5, 20_000, (1, 64), generator=torch.Generator().manual_seed(0))
     with Operations() as once:
         model(ids)
     with Operations() as first:
         cm.ff_memories(model, ids)
-    assert first.total <= 4 / 3 * (once.total + 5 * 2 * ids.numel() * 64 * 20_000)
+    assert first.total <= 1.4 * (once.total + 5 * 2 * ids.numel() * 64 * 20_000)
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
