@@ -25,6 +25,7 @@ from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import Unembedding
 from tl_contextmix.demo_models.grammar import Grammar
+from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.methods.memories.miner import Miner, make_miner
 from tl_contextmix.methods.memories.shards import Cutting, Documents
 from tl_contextmix.methods.memories.topk import TopK
@@ -243,7 +244,7 @@ def on_text(layers: int, d_model: int, d_vocab: int, length: int = 64) -> None:
     readout = 2 * d_model * d_vocab / once
     # The pass has read the last stream.
     states = 1 + (3 * layers - 1) * length * readout
-    every = layers * view.blocks()[0].feed_forward.width * readout
+    every = layers * require_feed_forward(view.blocks()[0]).width * readout
     say(f"\nMemories of {length} tokens: {layers} layers, d={d_model}, V={d_vocab:,}; in passes\n")
     say("| ff_memories | of it a pass and states as tokens | all values as tokens |\n|---|---|---|")
     say(f"| {whole:.1f} | {states:.1f} | {every:.0f} |")

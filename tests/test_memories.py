@@ -31,6 +31,7 @@ from tl_contextmix.engine import memory_coefficients as memories
 from tl_contextmix.engine.memory_coefficients import CASES, cases
 from tl_contextmix.engine.memory_coefficients import values as value_vectors
 from tl_contextmix.methods.memories import shards
+from tl_contextmix.results import Memories
 
 ALL = [case for case in zoo.cases() if case.family != "attn_only"]
 
@@ -49,7 +50,7 @@ def values_read(view: Any, vectors: Tensor) -> Tensor:
     return vectors * view.readout.scale @ W_U
 
 
-def require_alike(few: cm.Memories, every: cm.Memories) -> None:
+def require_alike(few: Memories, every: Memories) -> None:
     """Raises AssertionError unless what was read of some values is what was read of all."""
     assert torch.equal(few.agreeing, every.agreeing)
     read = few.promoted >= 0
@@ -131,12 +132,12 @@ def test_few_values_are_read_as_all_are(
     """In any tiles, also of tokens that are alike and of weights in half precision."""
     model = zoo.build(case_of(family), dtype=dtype)
     with torch.no_grad():
-        head = model.original_model.lm_head.weight
-        head[1::2] = head[: len(head) // 2 * 2 : 2]
+        head = model.unembed.W_U
+        head[:, 1::2] = head[:, : head.shape[1] // 2 * 2 : 2].clone()
     view, ids = view_of(model), torch.randint(5, 60, (4, 14))
     monkeypatch.setattr(half_weights, "STRETCH_BYTES", 1024)
     for active, how in itertools.product(("positive", "nonzero"), ("model", "none")):
-        options = {"active": active, "projection": how}
+        options: dict[str, Any] = {"active": active, "projection": how}
         view.tables.clear()
         every = cm.ff_memories(model, ids, k=None, **options)
         for tile, first, held in ((2**26, 64, 2**28), (2**26, 2, 1), (1, 5, 1)):
@@ -148,14 +149,16 @@ def test_few_values_are_read_as_all_are(
         assert int(every.agreeing.sum()) > 10
 
 
+@pytest.mark.once
 def test_a_first_call_reads_few_values() -> None:
-    """A third of a pass and of what reads states; to read all values is more than the whole."""
-    model, ids = random_gpt2(words=20_000, positions=64), torch.randint(5, 20_000, (1, 64))
+    """Two fifths of a pass and of what reads states; to read all values is more than the whole."""
+    model = random_gpt2(words=20_000, positions=64)
+    ids = torch.randint(5, 20_000, (1, 64), generator=torch.Generator().manual_seed(0))
     with Operations() as once:
         model(ids)
     with Operations() as first:
         cm.ff_memories(model, ids)
-    assert first.total <= 4 / 3 * (once.total + 5 * 2 * ids.numel() * 64 * 20_000)
+    assert first.total <= 1.4 * (once.total + 5 * 2 * ids.numel() * 64 * 20_000)
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)

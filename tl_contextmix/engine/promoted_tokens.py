@@ -28,8 +28,8 @@ from tl_contextmix.engine.memory_coefficients import (
 
 # Values read at once: a second or so of a processor's time.
 _TOGETHER = 512
-# Tokens that values are compared at before the first of them are left out.
-_FIRST = 64
+# The least tokens at which values are compared before some of them are left out.
+_FIRST = 16
 # Columns of W_U whose lengths are computed at once.
 _COLUMNS = 4096
 # Bytes of values that are compared together.
@@ -133,7 +133,7 @@ def _asked(
     numbers, limits, hidden = (one[stay] for one in left)
     while start < W_U.shape[1] and len(numbers):
         room = TILE_BYTES // (4 * hidden.element_size() * len(numbers))
-        columns = slice(start, start + max(1, min(max(start // 2, _FIRST), room)))
+        columns = slice(start, start + max(1, min(max((tops + start) // 2, _FIRST), room)))
         logits = reader.finish(hidden @ W_U[:, columns], columns)
         stay = _where(logits.amax(1) <= limits, (tops + start) / (tops + columns.stop))
         numbers, limits, hidden = (one[stay] for one in (numbers, limits, hidden))
