@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection
 from operator import itemgetter
 from typing import Any
@@ -100,8 +99,7 @@ def _fit_norm(module: nn.Module | None, handle: Handle) -> Norm | None:
     bias = None if bias is None else handle.ready(bias)
     gains = [None] if weight is None else [handle.ready(weight), handle.ready(weight) + 1]
     tolerance, found = _NORM_FIT.get(like.dtype, 5e-2), []
-    for kind, gain in itertools.product(("ln", "rms"), gains):
-        norm = Norm(kind, gain, bias, eps)
+    for norm in (Norm(kind, gain, bias, eps) for kind in ("ln", "rms") for gain in gains):
         found.append((float((norm(x) - expected).abs().max()), norm))
         if found[-1][0] <= _ROUNDING * tolerance:
             break
