@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -100,9 +100,9 @@ def _fit_norm(module: nn.Module | None, handle: Handle) -> Norm | None:
     gains = [None] if weight is None else [handle.ready(weight), handle.ready(weight) + 1]
     eps = eps_of(module, 1e-5)
     tolerance = _NORM_FIT.get(like.dtype, _HALF_FIT)
-    error, kind, gain = _nearest(handle.ready(x), expected, gains, bias, eps, tolerance)
+    error, norm = _nearest(handle.ready(x), expected, gains, bias, eps, tolerance)
     if error <= tolerance:
-        return Norm(kind, gain, bias, eps)
+        return norm
     raise UnsupportedModel(
         f"the norm {type(module).__name__} cannot be read",
         f"an error of {error:.2g} against the nearest formula",
@@ -142,11 +142,12 @@ def read_head_norm(
         expected = module(x) if each is None else module(x[:, :, None])[:, :, 0]
     gain, eps = weight.to(dtype), eps_of(first, torch.finfo(torch.float32).eps)
     x, expected, tolerance = x.to(dtype), expected.to(dtype), _NORM_FIT.get(weight.dtype, _HALF_FIT)
-    error, kind, gain = _nearest(x, expected, [gain, gain + 1], None, eps, tolerance)
+    error, norm = _nearest(x, expected, [gain, gain + 1], None, eps, tolerance)
     together = weight.ndim == 1 and len(weight) > d_head
-    if not error <= tolerance or (together and kind == "ln"):
+    if not error <= tolerance or (together and norm.kind == "ln"):
         return None  # of LayerNorm, the mean over all heads is no head's own
-    return HeadNorm(Norm(kind, None, None, eps), gain.view(-1, d_head), together)
+    assert norm.weight is not None
+    return HeadNorm(replace(norm, weight=None), norm.weight.view(-1, d_head), together)
 
 
 def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -157,16 +158,15 @@ def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
 def _nearest(
     x: Tensor,
     expected: Tensor,
-    gains: list[Any],
+    gains: Sequence[Tensor | None],
     bias: Tensor | None,
     eps: float,
     tolerance: float,
-) -> tuple[float, Any, Any]:
-    """Returns the error of the formula that is closest to a module's output, its kind and gain."""
+) -> tuple[float, Norm]:
+    """Returns the norm that is closest to a module's output, and how far it is from it."""
     found = []
-    for kind, gain in itertools.product(("ln", "rms"), gains):
-        error = float((Norm(kind, gain, bias, eps)(x) - expected).abs().max())
-        found.append((error, kind, gain))
-        if error <= _ROUNDING * tolerance:
+    for norm in (Norm(kind, gain, bias, eps) for kind in ("ln", "rms") for gain in gains):
+        found.append((float((norm(x) - expected).abs().max()), norm))
+        if found[-1][0] <= _ROUNDING * tolerance:
             break
     return min(found, key=itemgetter(0))
