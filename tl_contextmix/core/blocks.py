@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from einops import einsum
@@ -200,36 +200,6 @@ class AttentionSublayer(Sublayer):
         """Output bias, or None."""
         return self.weights("b_O")
 
-    def cross_pattern(
-        self, stream: Float[Tensor, "*batch target d_model"], key: Tensor, seen: Tensor
-    ) -> Float[Tensor, "*batch target head source"]:
-        """Returns the pattern of a cross-attention sublayer for a residual stream.
-
-        Args:
-            stream: The residual stream it reads, before its norm.
-            key: Keys [batch source head d_head], with a 1 for every further axis of ``stream``.
-            seen: Which sources are not masked, to fit the result.
-
-        Raises:
-            UnsupportedModel: If the factor of its scores is not known.
-        """
-        if self.scale is None:
-            raise UnsupportedModel(
-                four_parts(
-                    "what a changed query attends to cannot be computed",
-                    f"{self.pattern}, whose scores are not q k times 1 or 1/sqrt(d_head)",
-                    "plain cross-attention",
-                    "Ask for stack='encoder' or stack='cross'.",
-                )
-            )
-        x = stream if self.norm_in is None else self.norm_in(stream)
-        query = torch.einsum("...tm,hmd->...thd", x, require_weight(self.weights, "W_Q"))
-        query = shift(query, self.weights("b_Q"))
-        scores = torch.einsum("...thd,...khd->...thk", query, key) * self.scale
-        if self.soft_cap is not None:
-            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-        return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-
     def raw_output(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some d_model"]:
         """Returns what it computes in a pass at some places, edits before a norm of it included."""
         axes = "... head d_head, head d_head d_model -> ... d_model"
@@ -300,6 +270,8 @@ class FeedForward(Sublayer):
             one number per place, or one per neuron.
         scales_input: Whether the gain is on the pre-activations instead (Llama 4).
         bounds: Between which the linear branch is cut off (gpt-oss), or None.
+        routes: Whether there are experts, some of which each token goes through, see `Experts`.
+        neurons_known: Whether it is taken apart into neurons.
     """
 
     pre: str
@@ -313,16 +285,13 @@ class FeedForward(Sublayer):
     bounds: tuple[float, float] | None = None
     point: str = ""
     missing: str = ""
+    routes: ClassVar[bool] = False
+    neurons_known: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:
         """What it is among the components of the stream."""
         return f"{self.point} feature" if self.point else "mlp"
-
-    @property
-    def routes(self) -> bool:
-        """Whether there are experts, some of which each token goes through, see `Experts`."""
-        return False
 
     @property
     def held_names(self) -> tuple[str, ...]:
@@ -368,11 +337,6 @@ class FeedForward(Sublayer):
         """How many neurons there are."""
         return len(self.W_out)
 
-    @property
-    def neurons_known(self) -> bool:
-        """Whether it is taken apart into neurons."""
-        return True
-
     def require_neurons(self) -> None:
         """Checks that it is taken apart into neurons.
 
@@ -384,7 +348,7 @@ class FeedForward(Sublayer):
 
     def shown(self) -> tuple[str, ...]:
         """Returns the names of the activations that tell whether it is read right."""
-        return (*self.pre_names, self.post)
+        return tuple(dict.fromkeys((*self.read_names, self.post)))
 
     def branches(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
         """Returns weight and bias of the activated branch and, where gated, of the linear one."""

@@ -296,7 +296,17 @@ def freeze(
         lender, read = (None, None) if lent is None else (lent[0], lent[1][:, :, None])
         raw = sublayer.raw_output(trace)
         after = stream + sublayer.output(trace, raw=raw)
-        frozen = _freeze_attention(sublayer, trace, stream, raw, after, lender)
+        norm_in = FrozenNorm.at(sublayer.norm_in, stream)
+        frozen = FrozenAttention(
+            sublayer=sublayer,
+            pattern=trace.mixing(sublayer),
+            norm_in=norm_in,
+            norm_out=FrozenNorm.at(sublayer.norm_out, raw),
+            norm_after=FrozenNorm.at(sublayer.norm_after, after),
+            value_scale=None if lender else sublayer.value_scale(norm_in.affine(stream)),
+            gate=trace.gate(sublayer),
+            lender=lender,
+        )
         attentions.append(frozen)
         parts = frozen(parts, memory, constant=True, lent=read)
         stream = after
@@ -320,27 +330,6 @@ def freeze(
         none = torch.zeros_like(read)
         features = freeze_feed_forward(block.rewrite.features, none, read, none, fixed, trace)
     return FrozenBlock(block, tuple(attentions), ff, features, ending), parts[:, :, 0]
-
-
-def _freeze_attention(
-    sublayer: AttentionSublayer,
-    trace: Trace,
-    stream: Tensor,
-    raw: Tensor,
-    after: Tensor,
-    lender: FrozenAttention | None,
-) -> FrozenAttention:
-    norm_in = FrozenNorm.at(sublayer.norm_in, stream)
-    return FrozenAttention(
-        sublayer=sublayer,
-        pattern=trace.mixing(sublayer),
-        norm_in=norm_in,
-        norm_out=FrozenNorm.at(sublayer.norm_out, raw),
-        norm_after=FrozenNorm.at(sublayer.norm_after, after),
-        value_scale=None if lender else sublayer.value_scale(norm_in.affine(stream)),
-        gate=trace.gate(sublayer),
-        lender=lender,
-    )
 
 
 def freeze_feed_forward(

@@ -41,16 +41,11 @@ class Heads:
     frozen: FrozenAttention
     mixed: Float[Tensor, "target head d_head"]
 
-    @property
-    def pattern(self) -> Float[Tensor, "head target source"]:
-        """Frozen attention probabilities."""
-        return self.frozen.pattern[0]
-
     @cached_property
     def _reading(self) -> Float[Tensor, "head target source"]:
         """What W_V's output is weighted with: the pattern, over the scale of a norm of values."""
-        scale = self.frozen.reader.value_scale
-        return self.pattern if scale is None else self.pattern / scale[0, :, :, 0].T[:, None]
+        pattern, scale = self.frozen.pattern[0], self.frozen.reader.value_scale
+        return pattern if scale is None else pattern / scale[0, :, :, 0].T[:, None]
 
     @property
     def constant(self) -> Tensor | None:

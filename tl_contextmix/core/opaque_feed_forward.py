@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -31,6 +31,7 @@ class OpaqueFeedForward(FeedForward):
         kw_only=True, repr=False
     )
     working: int = field(kw_only=True)
+    neurons_known: ClassVar[bool] = False
 
     @property
     def pre_names(self) -> tuple[str, ...]:
@@ -51,11 +52,6 @@ class OpaqueFeedForward(FeedForward):
     def width(self) -> int:
         """About how many numbers it holds of each token as it computes."""
         return self.working
-
-    @property
-    def neurons_known(self) -> bool:
-        """Whether it is taken apart into neurons: it is not."""
-        return False
 
     def branches(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
         """Returns nothing: it has no branches."""

@@ -116,14 +116,14 @@ def bootstrap_interval(
     return low, high
 
 
-def sign_flip_test(differences: Float[Tensor, " n"], *, resamples: int = 9999) -> float:
+def sign_flip_test(differences: Float[Tensor, " n"]) -> float:
     """Returns the two-sided p value of paired differences: would signs drawn at random do as much?
 
-    NaN where there is at most one, of which nothing can be told.
+    Of 9,999 patterns of signs, or all there are. NaN where there is at most one difference, of
+    which nothing can be told.
 
     Args:
         differences: One per sentence, none of them NaN.
-        resamples: How many patterns of signs are drawn; where there are no more, each is taken.
     """
     # scipy takes long to import; most results are never asked for this.
     from scipy.stats import permutation_test
@@ -134,7 +134,7 @@ def sign_flip_test(differences: Float[Tensor, " n"], *, resamples: int = 9999) -
         (differences.double().cpu().numpy(),),
         lambda values, axis: values.mean(axis=axis),
         permutation_type="samples",
-        n_resamples=resamples,
+        n_resamples=9999,
         vectorized=True,
         rng=0,
     )

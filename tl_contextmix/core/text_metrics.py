@@ -249,7 +249,9 @@ def metric_items(given: Any) -> dict[str, str | UserMetric]:
         one = isinstance(given, str) or callable(given) or not isinstance(given, Sequence)
         listed: Any = [given] if one else given
         pairs = [(_label(what), what) for what in listed]
-    named = all(isinstance(name, str) and _is_metric(what) for name, what in pairs)
+    named = all(
+        isinstance(name, str) and (isinstance(what, str) or callable(what)) for name, what in pairs
+    )
     if not named or not pairs or len({name for name, _ in pairs}) < len(pairs):
         raise bad(
             "there is no such metric",
@@ -262,10 +264,6 @@ def metric_items(given: Any) -> dict[str, str | UserMetric]:
 
 def _label(what: object) -> object:
     return what if isinstance(what, str) else getattr(what, "__name__", "metric")
-
-
-def _is_metric(what: object) -> bool:
-    return isinstance(what, str) or callable(what)
 
 
 def make_metrics(items: Mapping[str, str | UserMetric]) -> list[Metric]:

@@ -27,41 +27,9 @@ from torch import Tensor
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.folded_weights import Branch, Folds, branches
+from tl_contextmix.core.later_attention import LaterAttention, added_after
 from tl_contextmix.core.token_sums import AttentionTerm, blocks
 from tl_contextmix.core.words import Spans
-
-
-@dataclass(frozen=True)
-class Later:
-    """Cross-attention after the sublayer that changes: it sees the change through its queries.
-
-    Attributes:
-        attention: The sublayer.
-        seen: Which sources each target reads at all.
-        key: Its keys, which do not change.
-        value: Its values, which do not change.
-        factor: What hooks scaled its heads with, or None.
-        added: What hooks added to the residual sum after it, or None.
-    """
-
-    attention: AttentionSublayer
-    seen: Bool[Tensor, "batch target head source"]
-    key: Float[Tensor, "batch source head d_head"]
-    value: Float[Tensor, "batch source head d_head"]
-    factor: Float[Tensor, "batch target head"] | None = None
-    added: Float[Tensor, "batch target d_model"] | None = None
-
-    def add(
-        self, stream: Float[Tensor, "batch source target d_model"], rows: slice
-    ) -> Float[Tensor, "batch source target d_model"]:
-        """Returns changed residual streams after the sublayer."""
-        pattern = self.attention.cross_pattern(stream, self.key[:, None], self.seen[:, None, rows])
-        mixed = torch.einsum("bsthk,bkhd->bsthd", pattern, self.value)
-        if self.factor is not None:
-            mixed = mixed * self.factor[:, None, rows, :, None]
-        out = torch.einsum("bsthd,hdm->bstm", mixed, self.attention.W_O)
-        added = None if self.added is None else self.added[:, None, rows]
-        return self.attention.join(shift(stream, added), shift(out, self.attention.b_O))
 
 
 @dataclass(frozen=True)
@@ -89,7 +57,7 @@ class ValueAblation:
     before: Float[Tensor, "batch target d_model"]
     raw: Float[Tensor, "batch target d_model"]
     branches: tuple[Branch, ...]
-    later: tuple[Later, ...]
+    later: tuple[LaterAttention, ...]
     fixed: Float[Tensor, "batch target d_model"] | None
     pre: tuple[Float[Tensor, "batch target neuron"], ...] | None = None
     added: Float[Tensor, "batch target d_model"] | None = None
@@ -164,20 +132,19 @@ class ValueAblation:
             spans: The spans that are zeroed, or None for each source alone.
             max_bytes: Workspace.
         """
-        plan = _plan(self, spans, max_bytes)
+        height, width = _plan(self, spans, max_bytes)
         terms = [self.read, *(branch.read for branch in self.branches)]
         # Which tiles there are is decided on the host, at once.
         touched, alone = self._reached(spans), self._alone(spans)
         lonely = None if alone is None else alone.any(dim=0).cpu()
         # As it is: of as many rows at once as a tile has pairs, not tile by tile.
-        size = plan.rows * plan.columns
-        parts = [self._output(rows) for rows in blocks(touched.shape[0], size)]
+        parts = [self._output(rows) for rows in blocks(touched.shape[0], height * width)]
         outputs = torch.cat(parts, dim=2)
-        for columns in blocks(touched.shape[1], plan.columns):
+        for columns in blocks(touched.shape[1], width):
             if not bool(touched[:, columns].any()):
                 continue
             reads = [term.ready(_tokens(spans, columns)) for term in terms]
-            for rows in blocks(touched.shape[0], plan.rows):
+            for rows in blocks(touched.shape[0], height):
                 seen = touched[rows, columns].any(dim=0).nonzero()[:, 0].tolist()
                 if not seen:
                     continue
@@ -206,14 +173,14 @@ class ValueAblation:
             spans: The spans that are zeroed, or None for each source alone.
             max_bytes: Workspace.
         """
-        ff, plan = self.block.feed_forward, _plan(self, spans, max_bytes)
+        ff, (height, width) = self.block.feed_forward, _plan(self, spans, max_bytes)
         touched, alone = self.touched(spans), self._alone(spans)
         result = touched.new_zeros(len(self.raw), *touched.shape)
         if not isinstance(ff, Experts) or self.fixed is not None:
             return result
-        tiles = [*blocks(touched.shape[0], plan.rows)]
+        tiles = [*blocks(touched.shape[0], height)]
         kept = [ff.chosen(self._middle(rows)[0]) for rows in tiles]
-        for columns in blocks(touched.shape[1], plan.columns):
+        for columns in blocks(touched.shape[1], width):
             read = self.read.ready(_tokens(spans, columns))
             for rows, own in zip(tiles, kept, strict=True):
                 (removed,) = self._removed([read], rows, columns, spans, alone)
@@ -392,7 +359,7 @@ def ablate_values(
     position = kinds.index(kind)
     stream = x = trace.resid_in(block)[:, picked]
     for earlier in block.attentions[:position]:
-        stream = shift(stream, _added(earlier, trace, picked))
+        stream = shift(stream, added_after(earlier, trace, picked))
         stream = earlier.join(stream, earlier.raw_output(trace, where))
     for mixer in block.mixers:  # beside attention: it reads the same, and does not change
         stream = stream + mixer.output(trace, where)
@@ -405,22 +372,14 @@ def ablate_values(
         block=block,
         attention=attention,
         read=read,
-        before=shift(stream, _added(attention, trace, picked)),
+        before=shift(stream, added_after(attention, trace, picked)),
         raw=attention.raw_output(trace, where),
         branches=(),
-        later=tuple(_later(a, trace, picked) for a in block.attentions[position + 1 :]),
+        later=tuple(LaterAttention.of(a, trace, picked) for a in block.attentions[position + 1 :]),
         fixed=fixed,
         pre=pre,
-        added=None if ff is None else _added(block.feed_forwards[-1], trace, picked),
+        added=None if ff is None else added_after(block.feed_forwards[-1], trace, picked),
     )
-
-
-def _added(
-    sublayer: AttentionSublayer | FeedForward, trace: Trace, rows: slice | list[int]
-) -> Tensor | None:
-    """Returns what hooks added to the residual sum after a sublayer."""
-    found = trace.edit(sublayer.edits.stream)
-    return None if found is None else found[:, rows]
 
 
 def batch_rows(block: Block, trace: Trace, kind: str, max_bytes: int) -> int:
@@ -431,23 +390,6 @@ def batch_rows(block: Block, trace: Trace, kind: str, max_bytes: int) -> int:
     neurons = 0 if ff is None else len(ff.branches()) * ff.width
     view = source * heads * (neurons + width) * trace.dtype.itemsize
     return max(1, min(batch, max_bytes // (4 * view)))
-
-
-def _later(attention: AttentionSublayer, trace: Trace, rows: slice | list[int]) -> Later:
-    # Padding stays masked. Not told by the pattern: a softmax in float32 underflows to zeros that
-    # other queries can read (4e-2 of a score on the embedded encoder-decoder).
-    shape = trace.pattern(attention)[:, :, rows].permute(0, 2, 1, 3).shape
-    real = trace.batch.main.mask.to(trace.values[attention.pattern].device)
-    seen = real[:, None, None, :].expand(shape)
-    factor = trace.factor(attention)
-    return Later(
-        attention,
-        seen,
-        trace.key(attention),
-        trace.value(attention),
-        None if factor is None else factor[:, rows],
-        _added(attention, trace, rows),
-    )
 
 
 def _tokens(spans: Spans | None, columns: slice) -> slice:
@@ -477,13 +419,7 @@ def _own_pre(ff: FeedForward, trace: Trace, rows: slice | list[int]) -> tuple[Te
     return tuple(trace[name][:, rows] for name in ff.pre_names)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    rows: int
-    columns: int
-
-
-def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
+def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> tuple[int, int]:
     """Returns tile sizes that keep the workspace within ``max_bytes``, and tiles in the cache.
 
     What the sources of a tile give through W_O and W_in is kept over all rows. Sixteen tiles of
@@ -511,4 +447,4 @@ def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
     room -= batch * targets * (folded * neurons + 4 * width) * size
     room = min(room, TILE_BYTES if folded or ff is None else 2 * TILE_BYTES)
     rows = max(1, min(max(8, -(-targets // 16)), room // pair))
-    return _Plan(rows, max(1, room // (rows * pair + column)))
+    return rows, max(1, room // (rows * pair + column))

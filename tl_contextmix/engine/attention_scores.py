@@ -267,16 +267,11 @@ def measure(
         k = finished(keys[2:], key, normed[1]).flatten(0, 1)
         matrix = fit_form(q, k, (scores[2:] - position).flatten(), ruler.view.tolerance)
         if matrix is not None:
-            _require_level(ruler, position)
+            if not ruler.shown and float(position.abs().max()) > 10 * ruler.view.tolerance:
+                why = "scores that the model does not show, with a bias of positions"
+                raise _no_form(attention, why)
             return MeasuredScore(matrix.to(own), float(position[head]), float(own[head]))
     raise _no_form(attention, "scores that no matrix fits")
-
-
-def _require_level(ruler: Ruler, position: Tensor) -> None:
-    """Raises UnsupportedModel where positions add something and scores are not shown."""
-    if ruler.shown or float(position.abs().max()) <= 10 * ruler.view.tolerance:
-        return
-    raise _no_form(ruler.attention, "scores that the model does not show, with a bias of positions")
 
 
 def _no_form(attention: AttentionSublayer, why: str) -> UnsupportedModel:

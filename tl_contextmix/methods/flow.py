@@ -204,7 +204,7 @@ def _named(prediction: Prediction, whole: LinearGraph, graph: Graph) -> tuple[Gr
     for place in places:
         nodes = None if place.step < 0 else whole.stacks[place.stack].steps[place.step].nodes
         if isinstance(nodes, Heads):
-            patterns[place] = nodes.pattern[place.column, place.pos]
+            patterns[place] = nodes.frozen.pattern[0, place.column, place.pos]
     read = dict(zip(patterns, listed([*patterns.values()]), strict=True))
 
     def name(node: Node) -> GraphNode:

@@ -21,6 +21,7 @@ from tl_contextmix.core.blocks import (
 )
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.finite import says_nothing, why_not_finite
+from tl_contextmix.core.later_attention import cross_pattern
 from tl_contextmix.core.model_view import Edit, ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
@@ -252,7 +253,7 @@ def _settle_scales(block: Block, probe: Probe) -> Iterator[AttentionSublayer]:
             attention = replace(attention, scale=None)
             for scale in (1.0, key.shape[-1] ** -0.5, *told):
                 tried = replace(attention, scale=scale)
-                found = tried.cross_pattern(stream, key, expected >= 0)
+                found = cross_pattern(tried, stream, key, expected >= 0)
                 if relative_error(found, expected) <= probe.tolerance:
                     attention = tried
         yield attention
