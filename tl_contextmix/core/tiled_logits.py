@@ -305,12 +305,12 @@ class Vocabulary:
             moved = self.direction(vectors) / self.divisor[row]
         else:
             moved = self.hidden(base + vectors, row) - start
-        cap, moved_by = self.readout.soft_cap, self._moved_by(moved)
-        if cap is None:
-            return moved_by
+        cap = self.readout.soft_cap
 
         def shift(part: slice | Tensor) -> Tensor:
-            change = moved_by(part)
+            change = moved @ self.weight[:, part]
+            if cap is None:
+                return change
             # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a) tanh(a + b))
             logits = start @ self.weight[:, part] + self.constants[part]
             before, after = ((x / cap).tanh() for x in (logits, logits + change))
