@@ -11,6 +11,7 @@ import torch
 from asked import case_of, keywords, shared
 
 import tl_contextmix as cm
+from tl_contextmix.methods import attention_flow
 from tl_contextmix.methods.attention_flow import _flows
 
 pytestmark = pytest.mark.once
@@ -41,11 +42,33 @@ def test_flows_are_those_of_networkx(family: str):
 
 def test_flows_that_can_be_seen():
     first = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
-    one, two = _flows(np.stack([first, first]), None)
+    one, two = _flows(np.stack([first, first])[None], None)[0]
     assert np.array_equal(one, first)  # through one layer: the edge itself
     # Straight on through its own .5, and down through token 0: .5 of 1.
     assert two[1].tolist() == [1.0, 0.5, 0.0]
     assert two[2].tolist() == [0.0, 0.0, 1.0]
+
+
+def test_sentences_are_solved_together(monkeypatch: pytest.MonkeyPatch):
+    solved, solve = [], attention_flow.maximum_flow
+    monkeypatch.setattr(
+        attention_flow, "maximum_flow", lambda *args: solved.append(args) or solve(*args)
+    )
+    draw = np.random.default_rng(0)
+    capacities = draw.dirichlet(np.ones(6), (32, 4, 6)) / 2
+    capacities *= draw.random(capacities.shape) < 0.5  # some pairs have no way between them
+    together = _flows(capacities, None)
+    calls = len(solved)
+    for found, one in zip(together, capacities, strict=True):
+        assert np.array_equal(found, _flows(one[None], None)[0])
+    assert calls <= (len(solved) - calls) / 5
+    # Each pair on its own has what both have.
+    graph = networkx.DiGraph()
+    for (layer, i, j), weight in np.ndenumerate(capacities[3]):
+        graph.add_edge((layer, j), (layer + 1, i), capacity=weight)
+    for i, j in itertools.product(range(6), repeat=2):
+        flow = networkx.maximum_flow_value(graph, (0, j), (4, i))
+        assert together[3, 3, i, j] == pytest.approx(flow, abs=1e-7)
 
 
 def test_a_decoder_and_its_encoder_are_not_one_graph():

@@ -65,12 +65,11 @@ def operators(work: Callable[[], object]) -> int:
 
 
 def maps() -> dict[str, Callable[..., Any]]:
-    """Every method that returns a map, but flows: those are solved one by one, by no operator."""
+    """Every method that returns a map."""
     found = {
         name: partial(known.function, **options, **({"target": 5} if known.of_prediction else {}))
         for known in registry.methods().values()
         for name, options in known.compared.items()
-        if known.name != "attention_flow"
     }
     norms = partial(cm.attention_norms, at=POINTS)
     # As many steps as one workspace has room for in 32 sentences.

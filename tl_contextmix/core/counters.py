@@ -27,8 +27,8 @@ def count_operations(work: Callable[[], object]) -> int:
     return counter.total
 
 
-def _grouped(rows: Tensor, matrices: Tensor, *others: Any, **options: Any) -> int:
-    """Returns the operations of rows that are each multiplied with one of several matrices."""
+def _rows(rows: Tensor, matrices: Tensor, *others: Any, **options: Any) -> int:
+    """Returns the operations of rows that are each multiplied with a matrix, of one or several."""
     return 2 * rows.shape[0] * matrices.shape[-2] * matrices.shape[-1]
 
 
@@ -40,10 +40,12 @@ class Operations(TorchDispatchMode):
         total: The operations so far.
     """
 
-    # Experts multiply each token with matrices of its own, which PyTorch's table does not have.
+    # Experts multiply each token with matrices of its own. PyTorch's table has neither this nor
+    # the products of oneDNN.
     table: ClassVar[Mapping[Any, Callable[..., int]]] = {
         **flop_registry,
-        torch.ops.aten._grouped_mm: _grouped,
+        torch.ops.aten._grouped_mm: _rows,
+        torch.ops.aten.mkldnn_linear: _rows,
     }
 
     def __init__(self) -> None:
@@ -71,7 +73,8 @@ class Memory(TorchDispatchMode):
     """Follows the storage of every tensor that is made while it is active.
 
     Views are no new storage. What an operator allocates inside of itself and frees again is not
-    seen; for the code measured here PyTorch's CPU allocator reported the same peaks to the byte.
+    seen, nor what oneDNN lays out for itself; for the code measured here PyTorch's CPU allocator
+    reported the same peaks to the byte otherwise.
 
     Attributes:
         live: Bytes alive now, of tensors made since the meter was started.
@@ -109,4 +112,5 @@ class Memory(TorchDispatchMode):
 
 @no_type_check
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn]

@@ -14,12 +14,16 @@ from tl_contextmix.adapters.inputs import Input
 from tl_contextmix.adapters.passes import Pass, run_asked
 from tl_contextmix.adapters.questions import AnswerInputs
 from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap
 
 # scipy's maximum flow takes 32-bit integers. No flow exceeds what enters its target, which is 1.
 _UNIT = 2**30
+_ENDLESS = np.int32(2**31 - 1)
+# Capacities in one graph: larger ones take more steps, smaller ones more calls.
+_TOGETHER = 2**16
 
 
 @method(cites=("abnar2020quantifying",), compared=True, estimated=False)  # no tensors
@@ -58,8 +62,7 @@ def attention_flow(
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
     Cost: a forward pass, and a maximum flow for each pair of tokens and each layer ``l``, in a
-    graph of ``l n ^ 2`` edges: for short texts (seconds for 16 tokens and 12 layers). Flows are
-    solved one by one, so that a list saves the passes alone.
+    graph of ``l n ^ 2`` edges: for short texts (a tenth of a second for 16 tokens and 12 layers).
     """
     if stack == "cross":
         raise bad(
@@ -79,8 +82,7 @@ def attention_flow(
         patterns = torch.stack(weights, dim=1).double().cpu().numpy()
         capacities = (patterns + np.eye(patterns.shape[-1])) / 2
         rows = part.own(None if part.asked is None else part.asked.rows)
-        found = np.stack([_flows(sentence, rows) for sentence in capacities])
-        scores = torch.from_numpy(found).to(weights[0])[:, :, None]
+        scores = torch.from_numpy(_flows(capacities, rows)).to(weights[0])[:, :, None]
         return {"scores": ("batch layer head target source:attn_out", scores)}
 
     return forward_pass.map(
@@ -95,21 +97,38 @@ def attention_flow(
 
 
 def _flows(capacities: np.ndarray, rows: list[int] | None) -> np.ndarray:
-    """Returns the maximum flows [layer target source] of one sentence's [layer target source].
+    """Returns the maximum flows [sentence layer target source] of capacities of these axes.
 
-    Of targets that are not among the rows they are 0.
+    Of targets that are not among the rows they are 0. Pairs are solved together, side by side: each
+    has a copy of what is on its way, between one source of all flow and one sink.
     """
-    layers, length, _ = capacities.shape
+    count, layers, length, _ = capacities.shape
     wanted = np.isin(np.arange(length), range(length) if rows is None else rows)
     whole = np.rint(capacities * _UNIT).astype(np.int32)
     flows = np.zeros(capacities.shape)
-    reach = np.eye(length, dtype=bool)
+    itself = np.broadcast_to(np.eye(length, dtype=bool), (count, length, length))
+    above = [itself]  # by layer, which nodes are reached from each source
     for depth in range(1, layers + 1):
-        reach = (whole[depth - 1] > 0) @ reach
-        nodes = (depth + 1) * length  # those of layer l begin at l * length
-        layer, target, source = whole[:depth].nonzero()
-        ends = (layer * length + source, (layer + 1) * length + target)
-        graph = csr_array((whole[layer, target, source], ends), shape=(nodes, nodes))
-        for i, j in zip(*(reach & wanted[:, None]).nonzero(), strict=True):
-            flows[depth - 1, i, j] = maximum_flow(graph, j, depth * length + i).flow_value
+        above.append((whole[:, depth - 1] > 0) @ above[-1])
+        below = [itself]  # and which reach each target
+        for layer in reversed(range(1, depth)):
+            below.insert(0, (whole[:, layer].swapaxes(1, 2) > 0) @ below[0])
+        pairs = np.argwhere(above[-1] & wanted[:, None])
+        for some in blocks(len(pairs), _TOGETHER // (depth * length**2)):
+            sentence, i, j = pairs[some].T
+            on_way = np.stack(below)[:, sentence, :, i][..., None]
+            on_way = on_way & np.stack(above[:-1])[:, sentence, :, j][..., None, :]
+            copy, layer, target, source = (whole[sentence, :depth] * on_way).nonzero()
+            # Nodes of layer l of a copy begin at l * length from its first.
+            first = np.arange(len(i)) * (depth + 1) * length
+            everything = len(i) * (depth + 1) * length
+            into, out = np.full_like(i, everything), np.full_like(i, everything + 1)
+            nodes = first[copy] + layer * length
+            starts = np.concatenate([nodes + source, into, first + depth * length + i])
+            ends = np.concatenate([nodes + length + target, first + j, out])
+            carried = whole[sentence[copy], layer, target, source]
+            carried = np.concatenate([carried, np.full(2 * len(i), _ENDLESS)])
+            graph = csr_array((carried, (starts, ends)), shape=(everything + 2,) * 2)
+            found = maximum_flow(graph, everything, everything + 1).flow
+            flows[sentence, depth - 1, i, j] = found[[everything]].toarray()[0, first + j]
     return flows / _UNIT
