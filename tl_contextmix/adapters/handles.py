@@ -19,7 +19,7 @@ from tl_contextmix.adapters.attention_weights import (
 from tl_contextmix.adapters.recognition import Host
 from tl_contextmix.core.blocks import Weights, require_weight
 from tl_contextmix.core.half_weights import in_precision
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,11 @@ class Handle:
 
 def _adapters_apart(path: str, name: str) -> UnsupportedModel:
     return UnsupportedModel(
-        four_parts(
-            f"the weight {name} of {path} is not what it computes with",
-            "adapters beside it that are not merged (PEFT)",
-            "one matrix",
-            "Pass the PEFT model itself to load_model, which merges them in a copy, or call "
-            "merge_and_unload() before wrapping it.",
-        )
+        f"the weight {name} of {path} is not what it computes with",
+        "adapters beside it that are not merged (PEFT)",
+        "one matrix",
+        "Pass the PEFT model itself to load_model, which merges them in a copy, or call "
+        "merge_and_unload() before wrapping it.",
     )
 
 

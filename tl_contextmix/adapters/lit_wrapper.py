@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tl_contextmix.errors import ContextMixError, four_parts
+from tl_contextmix.errors import ContextMixError
 
 
 def lit_wrapper(
@@ -36,13 +36,10 @@ def lit_wrapper(
     wrapper = import_module("transformer_lens.lit")
     if not wrapper.check_lit_installed():
         raise ContextMixError(
-            four_parts(
-                "there is no model for LIT",
-                "an environment without lit-nlp",
-                "LIT",
-                "Install lit-nlp (version 1.3 needs numpy below 2, so in an environment of its "
-                "own).",
-            )
+            "there is no model for LIT",
+            "an environment without lit-nlp",
+            "LIT",
+            "Install lit-nlp (version 1.3 needs numpy below 2, so in an environment of its own).",
         )
     base = getattr(wrapper, "TransformerLensLIT", None) or wrapper.HookedTransformerLIT
     types, dtypes = (import_module(f"lit_nlp.api.{name}") for name in ("types", "dtypes"))

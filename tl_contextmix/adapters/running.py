@@ -28,7 +28,7 @@ from tl_contextmix.adapters.splices import (
 )
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import Edit, Hooks, PassOutput, Runner
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _GUARD = threading.Lock()
@@ -279,12 +279,10 @@ def _late_patterns(model: Any, edits: Mapping[str, Edit | None]) -> dict[str, nn
 
 def _no_softmax(name: str) -> UnsupportedModel:
     return UnsupportedModel(
-        four_parts(
-            "an attention pattern cannot be edited",
-            f"{name}, of a module that calls no softmax",
-            "eager attention",
-            'Call set_attn_implementation("eager") on the Hugging Face model before wrapping it.',
-        )
+        "an attention pattern cannot be edited",
+        f"{name}, of a module that calls no softmax",
+        "eager attention",
+        'Call set_attn_implementation("eager") on the Hugging Face model before wrapping it.',
     )
 
 
@@ -335,12 +333,10 @@ def _not_shown(model: Any, missing: list[str], count: int) -> UnsupportedModel:
             "fused attention kernels compute no pattern."
         )
     return UnsupportedModel(
-        four_parts(
-            f"the model did not show {missing[0]}",
-            f"{len(missing)} of {count} hooks that never fired, with {attention} attention",
-            "attention patterns, values and neurons at hook points",
-            remedy,
-        )
+        f"the model did not show {missing[0]}",
+        f"{len(missing)} of {count} hooks that never fired, with {attention} attention",
+        "attention patterns, values and neurons at hook points",
+        remedy,
     )
 
 

@@ -21,7 +21,7 @@ from tl_contextmix.core.attention_terms import GatedTerm
 from tl_contextmix.core.neuron_routes import transmit
 from tl_contextmix.core.score_forms import HeadNorm
 from tl_contextmix.core.token_sums import AttentionTerm, Norm, ends_of, through_neurons
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 FOLD_BYTES = 2**28
 """Memory for products of weights that are kept with a view, in all."""
@@ -168,14 +168,12 @@ class AttentionSublayer(Sublayer):
         """
         if self.lender is not None:
             raise UnsupportedModel(
-                four_parts(
-                    f"what the values of {self.pattern.rpartition('.')[0]} read is not in its "
-                    "own layer",
-                    f"keys and values of layer {self.lender}",
-                    "values of the stream that enters the layer",
-                    "Ask about layers with values of their own, or for maps, attention, flow, "
-                    "gradients or log_prob_contributions.",
-                )
+                f"what the values of {self.pattern.rpartition('.')[0]} read is not in its "
+                "own layer",
+                f"keys and values of layer {self.lender}",
+                "values of the stream that enters the layer",
+                "Ask about layers with values of their own, or for maps, attention, flow, "
+                "gradients or log_prob_contributions.",
             )
 
     @property
@@ -976,12 +974,10 @@ def require_weight(weights: Weights, name: str) -> Tensor:
     weight = weights(name)
     if weight is None:
         raise UnsupportedModel(
-            four_parts(
-                f"the model's {name} cannot be read",
-                "no such weight",
-                "one dense matrix per sublayer",
-                "Experts, fused or quantised layers are not supported.",
-            )
+            f"the model's {name} cannot be read",
+            "no such weight",
+            "one dense matrix per sublayer",
+            "Experts, fused or quantised layers are not supported.",
         )
     return weight
 

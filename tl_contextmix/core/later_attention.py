@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Sublayer, Trace, require_weight, shift
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,10 @@ def cross_pattern(
     """
     if attention.scale is None:
         raise UnsupportedModel(
-            four_parts(
-                "what a changed query attends to cannot be computed",
-                f"{attention.pattern}, whose scores are not q k times 1 or 1/sqrt(d_head)",
-                "plain cross-attention",
-                "Ask for stack='encoder' or stack='cross'.",
-            )
+            "what a changed query attends to cannot be computed",
+            f"{attention.pattern}, whose scores are not q k times 1 or 1/sqrt(d_head)",
+            "plain cross-attention",
+            "Ask for stack='encoder' or stack='cross'.",
         )
     x = stream if attention.norm_in is None else attention.norm_in(stream)
     query = torch.einsum("...tm,hmd->...thd", x, require_weight(attention.weights, "W_Q"))

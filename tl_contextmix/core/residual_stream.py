@@ -45,7 +45,7 @@ from tl_contextmix.core.blocks import (
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import FrozenNorm
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 Kind = Literal[
     "embed",
@@ -545,10 +545,8 @@ def _require_whole(view: ModelView, expected: Tensor, found: Tensor) -> None:
     error = float(((found - expected).abs().amax(dim=-1) / size).max())
     if not error <= view.tolerance:
         raise UnsupportedModel(
-            four_parts(
-                f"the residual stream of {view.name} is not the sum of what its sublayers write",
-                f"a relative error of {error:.2g} where it is read",
-                f"at most {view.tolerance:.0e}",
-                "Take off hooks of your own that edit the stream between blocks.",
-            )
+            f"the residual stream of {view.name} is not the sum of what its sublayers write",
+            f"a relative error of {error:.2g} where it is read",
+            f"at most {view.tolerance:.0e}",
+            "Take off hooks of your own that edit the stream between blocks.",
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tl_contextmix.errors import ContextMixError, bad, four_parts
+from tl_contextmix.errors import ContextMixError, bad
 
 Counts = tuple[float, ...]
 Figure = Callable[[Sequence[float]], float]
@@ -192,12 +192,10 @@ def _optional(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise ContextMixError(
-            four_parts(
-                f"this metric needs the package {package}",
-                str(error),
-                "BLEU from sacrebleu, WER and CER from jiwer",
-                'Install it: pip install "tl-contextmix[metrics]".',
-            )
+            f"this metric needs the package {package}",
+            str(error),
+            "BLEU from sacrebleu, WER and CER from jiwer",
+            'Install it: pip install "tl-contextmix[metrics]".',
         ) from error
 
 

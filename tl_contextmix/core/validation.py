@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from typing_extensions import is_typeddict
 
-from tl_contextmix.errors import UnknownOption, bad, did_you_mean, four_parts, seen
+from tl_contextmix.errors import UnknownOption, bad, did_you_mean, seen
 
 MOST = 2**62
 """Upper bound for counts and document numbers."""
@@ -173,12 +173,10 @@ def _no_such_option(function: str, name: str, known: Sequence[str]) -> UnknownOp
     remedy = f"It is now called {new}. " if new else did_you_mean(name, known)
     remedy = _WITHOUT.get((function, name), remedy)
     return UnknownOption(
-        four_parts(
-            f"{function} has no such option",
-            name,
-            f"some of {list(known)}",
-            f"{remedy}See help(tl_contextmix.{function}).",
-        )
+        f"{function} has no such option",
+        name,
+        f"some of {list(known)}",
+        f"{remedy}See help(tl_contextmix.{function}).",
     )
 
 

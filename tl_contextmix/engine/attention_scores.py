@@ -18,7 +18,7 @@ from torch import Tensor
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Trace, require_weight, shift
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.score_forms import HeadNorm, fit_form
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -276,10 +276,8 @@ def measure(
 
 def _no_form(attention: AttentionSublayer, why: str) -> UnsupportedModel:
     return UnsupportedModel(
-        four_parts(
-            "the score of this edge cannot be taken apart",
-            f"{attention.pattern}, {why}",
-            "scores that are q M k and a bias of positions, at frozen norms",
-            "Ask log_prob_contributions or flow, which take patterns as they are.",
-        )
+        "the score of this edge cannot be taken apart",
+        f"{attention.pattern}, {why}",
+        "scores that are q M k and a bias of positions, at frozen norms",
+        "Ask log_prob_contributions or flow, which take patterns as they are.",
     )

@@ -14,7 +14,7 @@ from tl_contextmix.core.linear_graph import LinearGraph, Place, Pulled
 from tl_contextmix.core.linear_steps import LinearStack
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.log_prob_scores import AskedPass, Prediction, run_question
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.results import GraphNode
 
 NEEDS = IDENTITIES - {"pattern", "z"}
@@ -74,12 +74,10 @@ def require_sums(view: ModelView, error: float) -> None:
     """Raises UnsupportedModel where the relative error of sums is too large."""
     if not error <= view.tolerance:
         raise UnsupportedModel(
-            four_parts(
-                f"effects in {view.name} do not add up",
-                f"a relative error of {error:.2g}",
-                f"at most {view.tolerance:.0e}",
-                "Take off hooks of your own that edit values or norms.",
-            )
+            f"effects in {view.name} do not add up",
+            f"a relative error of {error:.2g}",
+            f"at most {view.tolerance:.0e}",
+            "Take off hooks of your own that edit values or norms.",
         )
 
 

@@ -44,7 +44,7 @@ from tl_contextmix.core.tiled_logits import (
     read_vocabulary,
 )
 from tl_contextmix.core.token_sums import blocks
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts, seen
+from tl_contextmix.errors import UnsupportedModel, bad, seen
 from tl_contextmix.results import Tokens
 from tl_contextmix.results.components import Grid
 
@@ -302,13 +302,10 @@ def _logits(question: Question, trace: Trace, stream: Stream) -> Float[Tensor, "
         error = float((view.readout(stream.total) - logits).abs().max() / logits.abs().max())
         if not error <= view.tolerance:
             raise UnsupportedModel(
-                four_parts(
-                    f"hooks of your own change what {view.name} reads from its stream",
-                    f"{', '.join(hooked[:3])}, and logits with a relative error of {error:.2g}",
-                    f"at most {view.tolerance:.0e}",
-                    "Take off hooks on the final norm and on the unembedding: they are not "
-                    "followed.",
-                )
+                f"hooks of your own change what {view.name} reads from its stream",
+                f"{', '.join(hooked[:3])}, and logits with a relative error of {error:.2g}",
+                f"at most {view.tolerance:.0e}",
+                "Take off hooks on the final norm and on the unembedding: they are not followed.",
             )
     return logits
 

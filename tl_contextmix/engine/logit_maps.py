@@ -25,7 +25,7 @@ from tl_contextmix.adapters.questions import AnswerInputs, Question, predictions
 from tl_contextmix.core.model_view import ModelView, StackName, select_blocks
 from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
 from tl_contextmix.core.validation import Layers
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.results import ContextMap
 
 
@@ -90,12 +90,10 @@ def logit_map(
         )
     if why := _not_linear(view):
         raise UnsupportedModel(
-            four_parts(
-                "no logit is a sum over input tokens",
-                f"{view.name}: {why}",
-                "a final norm and an unembedding",
-                "Ask gradient_x_input, or with another of= and pos=.",
-            )
+            "no logit is a sum over input tokens",
+            f"{view.name}: {why}",
+            "a final norm and an unembedding",
+            "Ask gradient_x_input, or with another of= and pos=.",
         )
     given, answer = split_answer(input, inputs)
     question, forward_pass = ask_in_pass(view, given, answer, stack=stack, logits=True, **needed)

@@ -18,7 +18,7 @@ from tl_contextmix.core.blocks import Block, FeedForward, Identity, Trace, shift
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import Scan, Unembedding, unembedding
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.results.memory_composition import figure_rows
 
 Active = Literal["positive", "nonzero"]
@@ -300,12 +300,10 @@ def _final_top(view: ModelView, trace: Trace, where: tuple[Tensor, ...], last: T
     # A tie may be broken otherwise; another token may not be the highest.
     if bool((best - found > view.tolerance * best.abs().clamp(min=1)).any()):
         raise UnsupportedModel(
-            four_parts(
-                "memories would be read in another way than the model reads them",
-                f"top tokens that are not the model's, with hooks of your own at {hooked}",
-                "hooks inside the blocks",
-                "Remove the hooks on the final norm or the unembedding.",
-            )
+            "memories would be read in another way than the model reads them",
+            f"top tokens that are not the model's, with hooks of your own at {hooked}",
+            "hooks inside the blocks",
+            "Remove the hooks on the final norm or the unembedding.",
         )
     return final
 

@@ -25,7 +25,7 @@ from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import Stop, Stream, decompose_stream
 from tl_contextmix.core.token_sums import FrozenNorm
 from tl_contextmix.engine.log_prob_scores import Split
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel
 from tl_contextmix.results.components import Components
 
 
@@ -172,13 +172,11 @@ def _require_own(view: ModelView, found: NeuronInputs, own: Float[Tensor, " neur
     error = float((found.activation - own).abs().max() / size.max().clamp(min=1e-30))
     if not error <= view.tolerance:
         raise UnsupportedModel(
-            four_parts(
-                "what these neurons read is not the sum of what was written to their stream",
-                f"activations with a relative error of {error:.2g}, with hooks of your own at "
-                f"{', '.join(view.hooked()[:3])}",
-                f"at most {view.tolerance:.0e}",
-                "Take off hooks that edit the stream, a norm or the neurons where they are read.",
-            )
+            "what these neurons read is not the sum of what was written to their stream",
+            f"activations with a relative error of {error:.2g}, with hooks of your own at "
+            f"{', '.join(view.hooked()[:3])}",
+            f"at most {view.tolerance:.0e}",
+            "Take off hooks that edit the stream, a norm or the neurons where they are read.",
         )
 
 

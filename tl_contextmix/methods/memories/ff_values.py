@@ -25,7 +25,7 @@ from tl_contextmix.engine.memory_coefficients import (
     values,
 )
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts, seen
+from tl_contextmix.errors import UnsupportedModel, bad, seen
 from tl_contextmix.results import ValueReadouts
 from tl_contextmix.results.axes import positions
 
@@ -166,12 +166,10 @@ def _head(view: ModelView, via: Any) -> tuple[int, Callable[[Tensor], Tensor]]:
     }
     if any(kinds.values()):
         raise UnsupportedModel(
-            four_parts(
-                f"weights alone do not tell what a head of {view.name} makes of a value",
-                ", ".join(name for name, there in kinds.items() if there),
-                "a pre-LN block whose heads are linear in what they read",
-                "Leave via out, or ask query_contributions about a text.",
-            )
+            f"weights alone do not tell what a head of {view.name} makes of a value",
+            ", ".join(name for name, there in kinds.items() if there),
+            "a pre-LN block whose heads are linear in what they read",
+            "Leave via out, or ask query_contributions about a text.",
         )
 
     def through(vectors: Tensor) -> Tensor:
