@@ -42,8 +42,12 @@ class ContextMixWarning(UserWarning):
     """The answer is right, but means something else than the reader may think."""
 
 
-def warn(text: str) -> None:
-    """Gives a `ContextMixWarning` about the line that called into this package."""
+def warn(*parts: Any) -> None:
+    """Gives a `ContextMixWarning` about the line that called into this package.
+
+    It is a message, or its four parts.
+    """
+    text = four_parts(*parts) if len(parts) == 4 else " ".join(parts)
     depth, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         depth, frame = depth + 1, frame.f_back

@@ -165,12 +165,10 @@ def _without_prompt(tokenizer: Any, text: str, prompt: list[int], ids: list[int]
         name = piece_of(tokenizer, own[0]).strip()
         if ids[: len(own)] == own and text.lstrip().startswith(name):
             warn(
-                four_parts(
-                    "a decoder's text has its prompt",
-                    repr("".join(piece_of(tokenizer, one) for one in own)),
-                    "a text without it",
-                    "It gets no second one. Leave it out of the text, or pass ids.",
-                )
+                "a decoder's text has its prompt",
+                repr("".join(piece_of(tokenizer, one) for one in own)),
+                "a text without it",
+                "It gets no second one. Leave it out of the text, or pass ids.",
             )
             return ids[len(own) :]
     return ids

@@ -16,7 +16,7 @@ from tl_contextmix.adapters.recognition import Facts, token_embedding
 from tl_contextmix.core.model_view import ModelView, Padding
 from tl_contextmix.core.pieces import join_pieces, show_bytes
 from tl_contextmix.core.validation import LATER
-from tl_contextmix.errors import bad, four_parts, reason, warn
+from tl_contextmix.errors import bad, reason, warn
 
 Names = Sequence[str] | Callable[[int], str]
 Labels = Annotated[Names | tuple[Names, Names], LATER]
@@ -112,12 +112,10 @@ def _with_one_bos(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
     if own < 1 or added < 1:
         return ids
     warn(
-        four_parts(
-            "a text has its own beginning-of-sequence token",
-            repr(tokenizer.bos_token),
-            "a text without it, or prepend_bos=False",
-            "It gets no second one. Pass prepend_bos=False to say that it has one.",
-        )
+        "a text has its own beginning-of-sequence token",
+        repr(tokenizer.bos_token),
+        "a text without it, or prepend_bos=False",
+        "It gets no second one. Pass prepend_bos=False to say that it has one.",
     )
     return ids[added:]
 
@@ -158,12 +156,10 @@ def _without_frame(
     own = [*words[:start], *words[stop:]]
     if own:
         warn(
-            four_parts(
-                "a text has special tokens that its tokenizer puts around every text",
-                ", ".join(repr(piece_of(tokenizer, one)) for one in own),
-                "a text without them",
-                "It gets no second ones. Leave them out of the text.",
-            )
+            "a text has special tokens that its tokenizer puts around every text",
+            ", ".join(repr(piece_of(tokenizer, one)) for one in own),
+            "a text without them",
+            "It gets no second ones. Leave them out of the text.",
         )
     return words[start:stop]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_contextmix.adapters.recognition import Facts
 from tl_contextmix.core.blocks import AttentionSublayer, Block
 from tl_contextmix.core.model_view import ModelView, Notice
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
+from tl_contextmix.errors import UnsupportedModel, bad, warn
 
 # A model's parameters by name: collecting them takes longer than reading them.
 Weights = Mapping[str, Tensor]
@@ -152,12 +152,10 @@ def make_notice(facts: Facts, view: ModelView) -> Notice:
         warned.add((method, *steps))
         effects = "; ".join(f"{step}: {_EFFECTS[step]}" for step in steps)
         warn(
-            four_parts(
-                f"{method} of {name} is not that of the published weights",
-                f"weights processed by TransformerLens ({effects})",
-                "unprocessed weights",
-                f"Load the model with {remedy}, or tl_contextmix.load_model.",
-            )
+            f"{method} of {name} is not that of the published weights",
+            f"weights processed by TransformerLens ({effects})",
+            "unprocessed weights",
+            f"Load the model with {remedy}, or tl_contextmix.load_model.",
         )
 
     return notice

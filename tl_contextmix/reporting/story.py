@@ -19,7 +19,6 @@ from tl_contextmix.engine.parts import POINTS, Point
 from tl_contextmix.errors import (
     ContextMixError,
     bad,
-    four_parts,
     warn,
 )
 from tl_contextmix.evaluation import MinimalPair
@@ -208,12 +207,10 @@ def _foreign_words(name: str, text: str) -> tuple[str, ...]:
         return ()
     listed = ", ".join(map(repr, foreign))
     warn(
-        four_parts(
-            f"{name} was not trained on some of these words, so its maps of them mean nothing",
-            listed,
-            "words of its artificial grammar (tl_contextmix.demo_models.known_words)",
-            "Use other words, or a model trained on real text.",
-        )
+        f"{name} was not trained on some of these words, so its maps of them mean nothing",
+        listed,
+        "words of its artificial grammar (tl_contextmix.demo_models.known_words)",
+        "Use other words, or a model trained on real text.",
     )
     return (f"{name} was never trained on {listed}: what this page says of them means nothing.",)
 

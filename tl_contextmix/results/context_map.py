@@ -12,7 +12,7 @@ from jaxtyping import Float
 from tl_contextmix.core.rollout import roll_out
 from tl_contextmix.core.validation import require_choice
 from tl_contextmix.core.words import Spans, Times, frames_of, merge, require_spans
-from tl_contextmix.errors import bad, four_parts, warn
+from tl_contextmix.errors import bad, warn
 from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.headings import as_heading, in_plain_words
@@ -645,13 +645,10 @@ def _warn_of_raw_rows(map: ContextMap) -> None:
     sums = sums[(sums != 0) & map.target.mask.to(sums.device)[:, None]]
     if sums.numel() and bool(((sums - 1).abs() > _SUM).any()):
         warn(
-            four_parts(
-                "the rollout of a map that was not normalised depends on the size of its rows",
-                f"rows that sum to {float(sums.min()):.2g} up to {float(sums.max()):.2g} "
-                f"({map.unit})",
-                "rows that sum to 1, as in every published rollout",
-                "Call .normalize() first: map.normalize().rollout().",
-            )
+            "the rollout of a map that was not normalised depends on the size of its rows",
+            f"rows that sum to {float(sums.min()):.2g} up to {float(sums.max()):.2g} ({map.unit})",
+            "rows that sum to 1, as in every published rollout",
+            "Call .normalize() first: map.normalize().rollout().",
         )
 
 

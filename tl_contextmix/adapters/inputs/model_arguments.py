@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import bad, four_parts, warn
+from tl_contextmix.errors import bad, warn
 
 
 def further_arguments(
@@ -71,14 +71,12 @@ def warn_of_lost_segments(view: ModelView, main: Side) -> None:
     rows = (counts > 1).nonzero()[:, 0].tolist()
     if rows:
         warn(
-            four_parts(
-                "two texts are read as one segment",
-                f"{int(counts[rows[0]])} times {view.to_string(separator)!r} in row {rows[0]}, and "
-                "no token_type_ids",
-                "segment ids as the model was trained with",
-                "Give pairs, [(first, second)], or what the tokenizer returns for them, or "
-                "token_type_ids=.",
-            )
+            "two texts are read as one segment",
+            f"{int(counts[rows[0]])} times {view.to_string(separator)!r} in row {rows[0]}, and "
+            "no token_type_ids",
+            "segment ids as the model was trained with",
+            "Give pairs, [(first, second)], or what the tokenizer returns for them, or "
+            "token_type_ids=.",
         )
 
 

@@ -83,13 +83,11 @@ def _without(
     rows = padded.nonzero()[:, 0].tolist()
     if rows:
         warn(
-            four_parts(
-                f"the {name} is taken as padded",
-                f"{int(padded.sum())} times {how.token} ({view.to_string(how.token)!r}), which "
-                f"the tokenizer pads with, at the ends of row {', '.join(map(str, rows))}",
-                "a mask, or ids without padding",
-                remedy,
-            )
+            f"the {name} is taken as padded",
+            f"{int(padded.sum())} times {how.token} ({view.to_string(how.token)!r}), which "
+            f"the tokenizer pads with, at the ends of row {', '.join(map(str, rows))}",
+            "a mask, or ids without padding",
+            remedy,
         )
     return Side(ids=ids, mask=mask)
 

@@ -27,7 +27,7 @@ from tl_contextmix.adapters.tokenizers import Labels
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import LATER, as_list, is_text, require_choice
-from tl_contextmix.errors import InvalidInput, bad, four_parts, seen, warn
+from tl_contextmix.errors import InvalidInput, bad, seen, warn
 from tl_contextmix.results import Tokens
 
 Text = str | Sequence[str]
@@ -210,12 +210,10 @@ def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
         ids = require_ids(view, given.input, "input")
         if given.prepend_bos:
             warn(
-                four_parts(
-                    "no beginning-of-sequence token is put before token ids",
-                    "prepend_bos=True with ids",
-                    "prepend_bos=True with a text",
-                    "Pass a text, put the token before the ids, or leave prepend_bos out.",
-                )
+                "no beginning-of-sequence token is put before token ids",
+                "prepend_bos=True with ids",
+                "prepend_bos=True with a text",
+                "Pass a text, put the token before the ids, or leave prepend_bos out.",
             )
         if given.attention_mask is None:
             return find_padding(view, ids, given.padding_side or "right"), {}

@@ -41,7 +41,7 @@ from tl_contextmix.adapters.loading.source import (
 )
 from tl_contextmix.core.validation import FilePath
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, require_demo_name
-from tl_contextmix.errors import bad, four_parts, warn
+from tl_contextmix.errors import bad, warn
 
 __all__ = ["HostClass", "load_demo", "load_model"]
 
@@ -152,12 +152,10 @@ def _load(
         source.hf_model.to(device=placement.device, dtype=placement.dtype)
     if source.headless:
         warn(
-            four_parts(
-                f"logits of {source.label!r} are meaningless",
-                f"a checkpoint of {source.written or 'an encoder'}",
-                "one with a masked-language-model head",
-                "Use only its hidden states: its head is random.",
-            )
+            f"logits of {source.label!r} are meaningless",
+            f"a checkpoint of {source.written or 'an encoder'}",
+            "one with a masked-language-model head",
+            "Use only its hidden states: its head is random.",
         )
     with _quiet():
         try:

@@ -12,7 +12,7 @@ from tl_contextmix.adapters.chats import LastMessage
 from tl_contextmix.adapters.questions.directions import Direction
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import is_text, whole_number
-from tl_contextmix.errors import InvalidInput, bad, four_parts, seen, warn
+from tl_contextmix.errors import InvalidInput, bad, seen, warn
 
 # Below this ratio of probabilities, whether a word was meant with its space is a matter of taste.
 _MUCH = 10.0
@@ -220,11 +220,9 @@ def warn_about_spaces(
         ratio = float((logits[row, spaced[0]] - logits[row, tokens[0]]).double().exp())
         if ratio > _MUCH:
             warn(
-                four_parts(
-                    "the target continues the last word of the text",
-                    f"{text!r}, which the model finds {ratio:.0f} times less probable than "
-                    f"{' ' + text!r}",
-                    "a word with its leading space where a new word begins",
-                    f"Ask for {' ' + text!r} if that is what was meant.",
-                )
+                "the target continues the last word of the text",
+                f"{text!r}, which the model finds {ratio:.0f} times less probable than "
+                f"{' ' + text!r}",
+                "a word with its leading space where a new word begins",
+                f"Ask for {' ' + text!r} if that is what was meant.",
             )
