@@ -129,7 +129,7 @@ class Experts(FeedForward):
         result = x.new_full((*x.shape[:-1], self.width), -1, dtype=torch.long)
         for one, rows, columns in self.routed(x)._each():
             gate, linear = one.pre_activations(x[rows])
-            result[(*rows, columns)] = 2 * (activation(gate) < 0).long() + (linear < 0).long()
+            result[_index(rows, columns)] = 2 * (activation(gate) < 0).long() + (linear < 0).long()
         return result
 
     def raw_output(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some d_model"]:
@@ -158,14 +158,14 @@ class Experts(FeedForward):
         result = [x.new_zeros(*x.shape[:-1], self.width) for _ in range(1 + self.gated)]
         for one, rows, columns in self._each():
             for out, pre in zip(result, one.pre_activations(x[rows]), strict=True):
-                out[(*rows, ..., columns)] = pre
+                out[_index(rows, ..., columns)] = pre
         return result
 
     def activate(self, pre: Sequence[Tensor]) -> Tensor:
         """Returns the neurons' coefficients, given the branches."""
         out = self._place(self.width)
         for one, rows, columns in self._each():
-            out[(*rows, ..., columns)] = one.activate(_some(pre, rows, columns))
+            out[_index(rows, ..., columns)] = one.activate(_some(pre, rows, columns))
         return out
 
     def secant_slopes(
@@ -177,7 +177,7 @@ class Experts(FeedForward):
             begin = [None if x is None else _some([x], rows, columns)[0] for x in start]
             slopes = one.secant_slopes(begin, _some(end, rows, columns))
             for out, slope in zip(result, slopes, strict=True):
-                out[(*rows, ..., columns)] = slope
+                out[_index(rows, ..., columns)] = slope
         return result
 
     def write(self, coefficients: Float[Tensor, "... neuron"]) -> Float[Tensor, "... d_model"]:
@@ -189,7 +189,7 @@ class Experts(FeedForward):
         for expert, columns in self._stretches():
             rows = coefficients[..., columns].any(dim=-1).nonzero(as_tuple=True)
             if len(rows[0]):
-                out[rows] += coefficients[(*rows, columns)] @ expert.W_out
+                out[rows] += coefficients[_index(rows, columns)] @ expert.W_out
         return out
 
     def edits_by(self, change: Callable[[Tensor], Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -212,7 +212,7 @@ class Experts(FeedForward):
         """Returns the inner products with the chosen experts' value vectors, else zero."""
         out = gradient.new_zeros(*gradient.shape[:-1], self.width)
         for one, rows, columns in self._each():
-            out[(*rows, ..., columns)] = one.along(gradient[rows])
+            out[_index(rows, ..., columns)] = one.along(gradient[rows])
         return out
 
     def transmit(
@@ -231,7 +231,7 @@ class Experts(FeedForward):
         out = gradient.new_zeros(*gradient.shape[:-1], self.d_model)
         for one, rows, columns in self._each():
             inner = _some(slopes, rows, columns)
-            out[rows] += one.pull_back(gradient[(*rows, ..., columns)], inner)
+            out[rows] += one.pull_back(gradient[_index(rows, ..., columns)], inner)
         return out
 
     def offsets(self, shared: Float[Tensor, " d_model"] | None) -> list[Tensor]:
@@ -307,6 +307,10 @@ class Experts(FeedForward):
                 yield replace(expert, gain=mine[rows][:, None]), rows, columns
 
 
+def _index(rows: tuple[Tensor, ...], *rest: Any) -> Any:
+    return (*rows, *rest)
+
+
 def _some(values: Sequence[Tensor], rows: tuple[Tensor, ...], columns: slice) -> list[Tensor]:
     """Returns some places of an expert's neurons; what is the same everywhere as it is."""
-    return [one[(*rows, ..., columns)] if one.ndim else one for one in values]
+    return [one[_index(rows, ..., columns)] if one.ndim else one for one in values]
