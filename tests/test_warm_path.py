@@ -25,7 +25,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.views import _KNOWN
 
 PACKAGE = Path(cm.__file__).parent
-MOST = 17
+MOST = 16
 
 
 def modules_of_a_call() -> dict[str, set[str]]:
