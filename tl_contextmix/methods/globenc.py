@@ -109,6 +109,5 @@ def _without_output(block: Block, stream: TokenSum, trace: Trace) -> TokenSum:
         return stream.summing_to(trace[names[0]]).linear(norm)
     whole = stream.total
     for ff in block.feed_forwards:
-        raw = ff.raw_output(trace)
-        whole = whole + (raw if ff.norm_out is None else ff.norm_out(raw))
+        whole = whole + ff.output(trace)
     return stream.summing_to(whole).linear(norm)
