@@ -120,14 +120,6 @@ def test_every_map_and_list_of_the_report_answers(browser, report, saved):
             assert maps.nth(place).get_attribute("data-ready") == name
         for summary in seen.page.locator("summary:visible").all():
             summary.click()
-        for select in seen.page.locator("select[data-sheets]:visible").all():
-            select.select_option(index=select.locator("option").count() - 1)
-            assert (
-                select.locator("xpath=ancestor::div[@class='sheets']")
-                .locator(".sheet:visible")
-                .count()
-                == 1
-            )
         for link in seen.page.locator("nav a").all():
             link.click()
             target = link.get_attribute("href")
