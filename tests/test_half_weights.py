@@ -228,3 +228,15 @@ def test_an_estimate_knows_how_weights_are_read(llama: Any, conversions: Convers
         cm.value_zeroing(llama, IDS)
     assert told.flops == pytest.approx(counter.total, rel=0.05)
     assert told.peak_bytes == pytest.approx(memory.peak, rel=0.2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_norms_of_small_gains_are_told_apart(family: str):
+    model = zoo.build(case_of(family), dtype=HALF)
+    for module in (model.blocks[0].ln1.original_component, model.ln_final.original_component):
+        module.weight.data *= 1e-4
+        if getattr(module, "bias", None) is not None:
+            module.bias.data *= 1e-4
+    view = views.as_view(model)
+    norms = (view.blocks()[0].sublayers[0].norm_in, view.readout.norm)
+    assert {norm.kind for norm in norms} == {"rms" if family == "llama" else "ln"}

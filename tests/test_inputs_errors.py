@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections import UserDict
@@ -490,3 +491,17 @@ def test_text_needs_a_tokenizer() -> None:
             with pytest.raises(cm.InvalidInput, match="without a tokenizer"):
                 make_batch(view, Given(TOKENS, decoder_input="the cat"))
             del model
+
+
+class Refused(cm.InvalidInput):
+    """A user's own error, of four parts."""
+
+    def __init__(self, failed: str, seen: str, expected: str, remedy: str) -> None:
+        super().__init__(failed, seen, expected, remedy)
+
+
+@pytest.mark.parametrize("kind", [Refused, cm.UnsupportedModel, cm.InvalidInput])
+def test_errors_of_four_parts_come_back_from_another_process(kind: type[Exception]):
+    error = copy.copy(kind("it failed", "this", "that", "Do it."))
+    assert type(error) is kind
+    assert str(error) == "it failed: got this; expected that. Do it."

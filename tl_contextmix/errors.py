@@ -19,7 +19,10 @@ class ContextMixError(Exception):
     """Base class of every error this package raises on purpose: a message, or its four parts."""
 
     def __init__(self, *parts: Any) -> None:
-        super().__init__(*((four_parts(*parts),) if len(parts) == 4 else parts))
+        super().__init__(*map(str, parts))
+
+    def __str__(self) -> str:
+        return four_parts(*self.args) if len(self.args) == 4 else super().__str__()
 
 
 class InvalidInput(ContextMixError, ValueError):

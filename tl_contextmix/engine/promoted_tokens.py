@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import TILE_BYTES, Unembedding
-from tl_contextmix.core.token_sums import blocks as stretches
+from tl_contextmix.core.token_sums import blocks as blocks_of
 from tl_contextmix.engine.memory_coefficients import (
     LayerComposition,
     LayerReadout,
@@ -32,8 +32,8 @@ _TOGETHER = 512
 _FIRST = 16
 # Columns of W_U whose lengths are computed at once.
 _COLUMNS = 4096
-# Bytes of values that are compared together.
-_HELD = 2**28
+# Bytes of values that are compared together, and half of what they take.
+_HELD = 2**26
 
 
 def promoted(view: ModelView, block: Block, reader: Unembedding) -> Int[Tensor, "neuron side"]:
@@ -83,53 +83,49 @@ def promoted_at(
     known = [table for table in tables if table is not None]
     if len(known) == len(tables):
         return torch.stack(known)
-    sizes, d_model = _sizes(reader), reader.W_U.shape[0]
-    together = max(1, _HELD // (2 * width * d_model * found[0].coefficients.element_size()))
-    parts = [
-        (one + 2 * width * part.start, vectors)
-        for part in stretches(len(blocks), together)
-        for one, vectors in _asked(readout, blocks[part], found[part], named[part], sizes)
-    ]
-    numbers, vectors = map(torch.cat, zip(*parts, strict=True))
-    # Read as whole layers are, which breaks ties in the same way.
-    tokens = reader.scan(vectors, sides=1).ids[:, 0, 0]
-    result = tokens.new_full((len(blocks) * width * 2,), -1)
-    result[numbers] = tokens
-    return result.view(len(blocks), width, 2)
-
-
-def _asked(
-    readout: LayerReadout,
-    blocks: Sequence[Block],
-    found: Sequence[LayerComposition],
-    named: Int[Tensor, "layer some"],
-    sizes: tuple[Tensor, Tensor],
-) -> list[tuple[Int[Tensor, " row"], Float[Tensor, "row d_model"]]]:
-    """Returns the named memories, and active ones that may promote their output's top token.
-
-    Their logit of it is the highest of all tokens, as far as rounding lets one see.
-
-    Returns:
-        Numbers of [layer neuron side], and what W_U multiplies.
-    """
-    reader, W_U = readout.table, readout.table.W_U
-    asked, rows = [], list[tuple[Tensor, Tensor, Tensor, Tensor]]()
-    for layer, (block, one, some) in enumerate(zip(blocks, found, named, strict=True)):
-        vectors, columns = values(require_feed_forward(block)), W_U[:, one.ffn_top]
-        every = torch.arange(2 * len(vectors), device=some.device) + 2 * len(vectors) * layer
+    sizes, rows, held = _sizes(reader), list[tuple[Tensor, ...]](), 0
+    every = torch.arange(2 * width * len(blocks), device=named.device).view(len(blocks), -1)
+    read = list[tuple[Tensor, Tensor]]()
+    for block, one, some, numbers in zip(blocks, found, named, every, strict=True):
+        vectors, columns = values(require_feed_forward(block)), reader.W_U[:, one.ffn_top]
         signed = vectors[some // 2] * (1 - some % 2 * 2)[:, None]
-        asked.append((every[some], reader.hidden(signed)))
+        read.append((numbers[some], reader.hidden(signed)))
         for side, active in enumerate(readout.firing(one)):
-            for part in stretches(len(vectors), _TOGETHER):
+            for part in blocks_of(width, _TOGETHER):
                 hidden = reader.hidden(vectors[part] * (1 - 2 * side))
                 logits = reader.finish(hidden @ columns, one.ffn_top)
                 best, room = logits.amax(1), _rounding(hidden, sizes)
                 alike = logits >= (best - room)[:, None]
                 agree = (alike & active[:, part].T).any(1)
-                rows.append((agree, every[side::2][part], best + room, hidden))
+                rows.append((agree, numbers[side::2][part], best + room, hidden))
+                held += hidden.nbytes
+                if held >= _HELD:
+                    read.append(_highest(reader, rows, len(one.ffn_top)))
+                    rows, held = [], 0
+    if rows:
+        read.append(_highest(reader, rows, len(found[0].ffn_top)))
+    # Read as whole layers are; ties of equal columns of W_U still depend on rounding.
+    which, vectors = map(torch.cat, zip(*read, strict=True))
+    tokens = reader.scan(vectors, sides=1).ids[:, 0, 0]
+    result = tokens.new_full((every.numel(),), -1)
+    result[which] = tokens
+    return result.view(len(blocks), width, 2)
+
+
+def _highest(
+    reader: Unembedding, rows: Sequence[tuple[Tensor, ...]], tops: int
+) -> tuple[Int[Tensor, " row"], Float[Tensor, "row d_model"]]:
+    """Returns values of which no other token has a higher logit, as far as rounding lets one see.
+
+    Args:
+        reader: How values are read.
+        rows: Of values: whether they are asked about, their numbers, the logit that none may
+            exceed, and what W_U multiplies.
+        tops: At how many tokens they were compared already.
+    """
     agree, *left = map(torch.cat, zip(*rows, strict=True))
-    # Once for all these layers: a GPU is waited for.
-    stay, start, tops = _where(agree, 0.5), 0, len(found[0].ffn_top)
+    # Once for all of these: a GPU is waited for.
+    stay, start, W_U = _where(agree, 0.5), 0, reader.W_U
     numbers, limits, hidden = (one[stay] for one in left)
     while start < W_U.shape[1] and len(numbers):
         room = TILE_BYTES // (4 * hidden.element_size() * len(numbers))
@@ -138,7 +134,7 @@ def _asked(
         stay = _where(logits.amax(1) <= limits, (tops + start) / (tops + columns.stop))
         numbers, limits, hidden = (one[stay] for one in (numbers, limits, hidden))
         start = columns.stop
-    return [*asked, (numbers, hidden)]
+    return numbers, hidden
 
 
 def _where(mask: Tensor, share: float) -> Int[Tensor, " some"]:
@@ -149,7 +145,7 @@ def _where(mask: Tensor, share: float) -> Int[Tensor, " some"]:
 def _sizes(reader: Unembedding) -> tuple[Tensor, Tensor]:
     """Returns the length of the longest column of W_U, and the largest number of b_U."""
     W_U, b_U = reader.W_U, reader.b_U
-    each = [W_U[:, part].norm(dim=0).amax() for part in stretches(W_U.shape[1], _COLUMNS)]
+    each = [W_U[:, part].norm(dim=0).amax() for part in blocks_of(W_U.shape[1], _COLUMNS)]
     return torch.stack(each).amax(), W_U.new_zeros(()) if b_U is None else b_U.abs().amax()
 
 

@@ -86,9 +86,9 @@ def scan(
             feed-forward neuron), or several of these.
         columns: Names of the columns in these rows, such as ``{"prompt": "question"}``.
         norm: Rule for the final norm, see `log_prob_contributions`.
-        unusable: Rows that cannot be asked of the model (a foil of another length, a word it does
-            not know, a pair that differs in more than one token) are an ``"error"``, or ``"drop"``:
-            skipped, counted, and the first of them listed in the result.
+        unusable: Rows that cannot be asked of the model (a foil that is the target or of another
+            length, a word it does not know, a pair that differs in more than one token) are an
+            ``"error"``, or ``"drop"``: skipped, counted, the first of them listed in the result.
         prepend_bos: Whether prompts get a beginning-of-sequence token; None: model's default.
         out: File for the result. It is written while the scan goes on, and the same call takes up
             a scan that was stopped, after holding the rows read before against their hash.

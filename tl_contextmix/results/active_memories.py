@@ -157,20 +157,20 @@ class Memories(LabelledArray):
             InvalidInput: If there is no such layer, position or row, or it was not read what these
                 memories promote.
         """
-        frame = self._longest(k, layer, pos, batch)
+        row, place, label = self._place(pos, batch)
+        frame = self._longest(k, layer, row, place)
         if frame["promotes"].isna().any():
             raise bad(
                 "it was not read what these memories promote",
-                f"k={k} and pos={pos}",
+                f"k={k} at position {label}",
                 "positions, and as many memories, as ff_memories was asked about",
-                f"Call ff_memories with pos={pos}, k={k}, or with k=None for all memories.",
+                f"Call ff_memories with pos={label} and k={k}, or with k=None for all memories, of "
+                "which some are then selected.",
             )
         return frame
 
-    def _longest(self, k: int, layer: int | None, pos: int, batch: int) -> pandas.DataFrame:
-        import pandas
-
-        k = require_number("k", k)
+    def _place(self, pos: int, batch: int) -> tuple[int, int, int]:
+        """Returns a row, a place in it that is no padding, and the number of that position."""
         row = _one("batch", batch, range(len(self.active)))
         real = self.tokens.mask[row].nonzero()[:, 0].tolist()
         labels = self.tokens.labels()
@@ -185,8 +185,12 @@ class Memories(LabelledArray):
                 f"one of {numbers}",
                 "Count from the end: padding is omitted.",
             )
-        place = real[numbers.index(wanted)]
-        found = []
+        return row, real[numbers.index(wanted)], wanted
+
+    def _longest(self, k: int, layer: int | None, row: int, place: int) -> pandas.DataFrame:
+        import pandas
+
+        k, found = require_number("k", k), []
         for index in positions("layer", layer, self.layers):
             numbers = self.coefficients[row, index, place]
             size = numbers.abs() * self.norm[index]
@@ -221,7 +225,7 @@ class Memories(LabelledArray):
     def panels(self) -> tuple[Panel, ...]:
         """Returns the paper's charts over these positions, and the largest memories at the last."""
         last = int(self.tokens.mask[0].nonzero()[-1])
-        frame = self._longest(3, None, -1, 0).fillna({"promotes": "(not read)"})
+        frame = self._longest(3, None, 0, last).fillna({"promotes": "(not read)"})
         table = table_of(
             [*frame.itertuples()],
             {"memory": memory_name, **{n: n for n in ("coefficient", "length", "promotes")}},

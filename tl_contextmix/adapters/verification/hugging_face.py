@@ -60,7 +60,7 @@ def _holds_its_weights(model: Any, original: nn.Module) -> bool:
         if splitter in module.__dict__ or hasattr(type(module), splitter)
     ]
     # Pieces are put into new modules, which draw random numbers first.
-    with _unwrapped(original), torch.random.fork_rng(devices=[]):
+    with _unwrapped(original), torch.random.fork_rng(range(torch.cuda.device_count())):
         return all(_as_split(*one) for one in fused)
 
 

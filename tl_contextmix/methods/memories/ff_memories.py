@@ -94,7 +94,8 @@ def ff_memories(
 
     Cost: a forward pass and, per layer, ``6 n d_model d_vocab`` operations, ``2 k d_model d_vocab``
     for each named position, and for agreement ``2 n d_mlp d_model`` and then of most values a few
-    hundred logits. ``k=None``: once per model ``2 d_mlp d_model d_vocab`` per layer instead.
+    hundred logits: of how many depends on the model, which `estimate` takes for a random one.
+    ``k=None``: once per model ``2 d_mlp d_model d_vocab`` per layer instead.
     """
     view = as_view(model)
     stack = view.base_stack(None)
@@ -160,7 +161,13 @@ def ff_memories(
         tokens=forward_pass.target,
         words=word_table(forward_pass.view, *tops, final, tables[tables >= 0]),
         provenance=forward_pass.provenance(
-            "ff_memories", {"active": rule, "projection": projection, "pos": pos, "k": k}
+            "ff_memories",
+            {
+                "active": rule,
+                "projection": projection,
+                "pos": pos if isinstance(pos, (int, str)) else [*pos],
+                "k": k,
+            },
         ),
         expert=_experts(ffs),
     )
