@@ -256,6 +256,7 @@ def test_a_foil_has_as_many_tokens_as_its_target() -> None:
         for at, one, other in pairs
     ]
     assert both.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
+    assert both.summed().asked() == "' are red' rather than ' is old'"
 
 
 SAYING = [case for case in zoo.kinds() if case.family in ("gpt2", "t5", "bart")]

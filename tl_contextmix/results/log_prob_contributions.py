@@ -172,20 +172,8 @@ class LogProbContributions(ComponentSet):
             log_prob=added(self.log_prob),
             evaluated=torch.zeros_like(rows.evaluated).index_add_(0, group, self.evaluated.cpu()),
             possible=torch.zeros_like(rows.possible).index_add_(0, group, self.possible.cpu()),
-            target=rows.target if once or self.of_direction else self._whole(group, last),
-        )
-
-    def _whole(self, group: torch.Tensor, last: list[int]) -> Tokens:
-        """Returns the answer of each sentence in one piece."""
-        texts = [
-            "".join(self.target.strings[row][0] for row in (group == number).nonzero()[:, 0])
-            for number in range(len(last))
-        ]
-        return Tokens(
-            ids=self.target.ids[last][:, :1],
-            strings=tuple((text,) for text in texts),
-            mask=self.target.mask[last][:, :1],
-            sides=((self.target.sides[0][0], 1),),
+            target=rows.target if once or self.of_direction else _whole(self.target, group, last),
+            foil=rows.foil if once or self.foil is None else _whole(self.foil, group, last),
         )
 
     def as_map(self, *, layers: bool = False) -> ContextMap:
@@ -338,3 +326,17 @@ class LogProbContributions(ComponentSet):
             unit=self.unit if self.of_direction else "nats",
             axis="so far written by",
         )
+
+
+def _whole(tokens: Tokens, group: torch.Tensor, last: list[int]) -> Tokens:
+    """Returns the answer of each sentence, or what it is contrasted with, in one piece."""
+    texts = [
+        "".join(tokens.strings[row][0] for row in (group == number).nonzero()[:, 0])
+        for number in range(len(last))
+    ]
+    return Tokens(
+        ids=tokens.ids[last][:, :1],
+        strings=tuple((text,) for text in texts),
+        mask=tokens.mask[last][:, :1],
+        sides=((tokens.sides[0][0], 1),),
+    )
