@@ -189,3 +189,28 @@ def test_the_best_of_heads_and_positions_cost_less_than_half_a_pass() -> None:
         once = flops(lambda: model(tokens), elementwise=False)
     assert flops(partial(ask, k=10), elementwise=False) <= 1.4 * once
     assert flops(ask, elementwise=False) >= 2.5 * once
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_products_by_onednn_are_those_of_double_precision() -> None:
+    seen: set[str] = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def scores(model: Any) -> torch.Tensor:
+        text = "the keys to the cabinet"
+        found = cm.log_prob_contributions(model, text, target=" are", by="ff_neuron")
+        return found.scores.double()
+
+    model = cm.load_demo("causal-lm")
+    with Seen():
+        found = scores(model)
+    assert "aten::mkldnn_linear" in seen
+    exact = scores(model.to(torch.float64))
+    # Rounding in float32: 2e-7 of the largest was measured.
+    assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()

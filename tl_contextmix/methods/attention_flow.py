@@ -62,8 +62,7 @@ def attention_flow(
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
     Cost: a forward pass, and a maximum flow for each pair of tokens and each layer ``l``, in a
-    graph of ``l n ^ 2`` edges: for short texts (16 tokens and 12 layers take a tenth of a second
-    where attention is causal, and half a second where it is not).
+    graph of ``l n ^ 2`` edges, all of them side by side: for short texts.
     """
     if stack == "cross":
         raise bad(
