@@ -22,7 +22,7 @@ class ContextMixError(Exception):
         super().__init__(*map(str, parts))
 
     def __str__(self) -> str:
-        return four_parts(*self.args) if len(self.args) == 4 else super().__str__()
+        return _message(self.args)
 
 
 class InvalidInput(ContextMixError, ValueError):
@@ -50,11 +50,14 @@ def warn(*parts: Any) -> None:
 
     It is a message, or its four parts.
     """
-    text = four_parts(*parts) if len(parts) == 4 else " ".join(parts)
     depth, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         depth, frame = depth + 1, frame.f_back
-    warnings.warn(text, ContextMixWarning, stacklevel=depth)
+    warnings.warn(_message(parts), ContextMixWarning, stacklevel=depth)
+
+
+def _message(parts: Sequence[str]) -> str:
+    return four_parts(*parts) if len(parts) == 4 else " ".join(parts)
 
 
 def four_parts(failed: str, seen: object, expected: str, remedy: str) -> str:
@@ -67,11 +70,6 @@ def four_parts(failed: str, seen: object, expected: str, remedy: str) -> str:
         remedy: What the reader can do now.
     """
     return f"{failed}: got {seen}; expected {expected}. {remedy}"
-
-
-def bad(failed: str, seen: object, expected: str, remedy: str) -> InvalidInput:
-    """Returns the error of a call that is wrong, from its four parts."""
-    return InvalidInput(four_parts(failed, seen, expected, remedy))
 
 
 def did_you_mean(name: object, known: Sequence[Any]) -> str:

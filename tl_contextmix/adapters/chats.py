@@ -9,7 +9,7 @@ from typing import Any
 from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.tokenizers import require_tokenizer
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import bad, reason, seen
+from tl_contextmix.errors import InvalidInput, reason, seen
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 Message = Mapping[str, Any]
@@ -30,7 +30,7 @@ def chats_of(given: object) -> list[list[Message]] | None:
     for message in (one for row in rows for one in row):
         fine = isinstance(message, Mapping) and message.get("role") in ROLES
         if not fine or "content" not in message:
-            raise bad(
+            raise InvalidInput(
                 "this is no message of a chat",
                 seen(message),
                 f"a dictionary with content, and as its role one of {list(ROLES)}",
@@ -54,7 +54,7 @@ class LastMessage:
         before, _ = view.encode_chat(self.chat[:-1], False)
         whole, _ = view.encode_chat(self.chat, True)
         if len(whole) <= len(before) or whole[: len(before)] != before:
-            raise bad(
+            raise InvalidInput(
                 "the assistant's last message is no answer to the chat before it",
                 seen(self.chat[-1]),
                 "a message that continues the opening of the assistant's turn",
@@ -77,7 +77,7 @@ def make_encode_chat(
     def encode_chat(messages: Sequence[Message], open_ended: bool) -> tuple[list[int], list[int]]:
         tokenizer = require_tokenizer(handle.get())
         if not getattr(tokenizer, "chat_template", None):
-            raise bad(
+            raise InvalidInput(
                 "a chat cannot be turned into tokens",
                 "a tokenizer without a chat template",
                 "a model that was trained on chats",
@@ -94,7 +94,7 @@ def make_encode_chat(
         try:
             text, ids = put(messages, **how)
         except Exception as error:  # templates raise what they like
-            raise bad(
+            raise InvalidInput(
                 "the chat template refuses this chat",
                 reason(error),
                 "messages in an order that the model was trained on",

@@ -18,7 +18,7 @@ import torch
 
 from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.tokenizers import in_frame, piece_of, require_tokenizer, target_mode
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts, warn
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _speaking(tokenizer: Any, language: str | None) -> Iterator[None]:
         yield
         return
     if not hasattr(tokenizer, "tgt_lang"):
-        raise bad(
+        raise InvalidInput(
             "this model's decoder is told no language",
             f"language={language!r}",
             "a model whose tokenizer has target languages (NLLB, mBART, M2M100)",
@@ -112,7 +112,7 @@ def _speaking(tokenizer: Any, language: str | None) -> Iterator[None]:
     before = tokenizer.tgt_lang
     try:
         if _language_id(tokenizer, language) is None:
-            raise bad(
+            raise InvalidInput(
                 "the tokenizer knows no such language",
                 f"language={language!r}",
                 "a code such as 'fra_Latn' (NLLB), 'fr_XX' (mBART) or 'fr' (M2M100)",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_contextmix.core.activations import Activation
 from tl_contextmix.core.validation import require_choice, whole_number
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, seen
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, seen
 from tl_contextmix.results import storage
 
 FeatureActivation = Literal["relu", "jumprelu", "topk"]
@@ -137,7 +137,7 @@ class Dictionary:
         if isinstance(sae, (str, Path)):
             return _folded(*_read_folder(Path(sae)))
         if not hasattr(getattr(sae, "cfg", None), "to_dict") or not hasattr(sae, "state_dict"):
-            raise bad(
+            raise InvalidInput(
                 "this is no SAE of SAELens",
                 seen(sae),
                 "an object with cfg and state_dict, or a folder",
@@ -221,7 +221,7 @@ def _numbers(given: Any, name: str, axes: int) -> Tensor:
 
 
 def _unfit(found: str, expected: str) -> InvalidInput:
-    return bad(
+    return InvalidInput(
         "these tensors are no dictionary",
         found,
         expected,
@@ -238,7 +238,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((folder / "cfg.json").read_text())
         return dict(config), load_file(folder / "sae_weights.safetensors")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise bad(
+        raise InvalidInput(
             "this folder holds no SAE of SAELens",
             f"{folder}: {error}",
             "cfg.json and sae_weights.safetensors",
@@ -267,7 +267,7 @@ def _folded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Diction
     names = ("hook_name", "hook_name_out") if kind.endswith("transcoder") else ("hook_name",)
     read, out = (*(str(metadata.get(name) or "") for name in names), "")[:2]
     if not all(metadata.get(name) for name in names):
-        raise bad(
+        raise InvalidInput(
             "it is not known where this SAE stands",
             f"hook_name {read!r}, hook_name_out {out!r} in its metadata",
             f"the {' and the '.join(names)} of {kind!r}",

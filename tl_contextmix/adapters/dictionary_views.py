@@ -26,7 +26,7 @@ from tl_contextmix.core.blocks import (
 )
 from tl_contextmix.core.model_view import Hooks, ModelView, PassOutput, Runner
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 
 
 def with_dictionaries(view: ModelView, given: Dictionaries) -> ModelView:
@@ -52,7 +52,7 @@ def with_dictionaries(view: ModelView, given: Dictionaries) -> ModelView:
         before = stacks[stack][block.layer]
         occupied = before.rewrite if one.written is not None else before.feed_forward
         if isinstance(occupied, Rewrite) or (occupied is not None and occupied.point):
-            raise bad(
+            raise InvalidInput(
                 "two dictionaries stand at one place",
                 f"another one at {dictionary.hook_name}",
                 "one for each feed-forward block, and one in each block's stream",
@@ -135,7 +135,7 @@ def _block_of(view: ModelView, dictionary: Dictionary) -> tuple[str, Block]:
         start = f"{_prefix(block)}."
         if all(name.startswith(start) for name in dictionary.hooks):
             return stack, block
-    raise bad(
+    raise InvalidInput(
         f"{view.name} has no block for this dictionary",
         repr(dictionary),
         f"hook points of one block, such as {view.blocks()[0].resid_in}",
@@ -149,7 +149,7 @@ def _place(view: ModelView, dictionary: Dictionary, block: Block) -> _Placed:
         with view.without_hooks():
             trace = view.run(probe_batch(view), list(dict.fromkeys(names)))
     except UnsupportedModel as error:
-        raise bad(
+        raise InvalidInput(
             f"{view.name} does not show what this dictionary reads or stands for",
             repr(dictionary),
             "hook points of this class of TransformerLens that fire",
@@ -243,7 +243,7 @@ def _require_fit(
 
 
 def _not_there(view: ModelView, dictionary: Dictionary, why: str) -> InvalidInput:
-    return bad(
+    return InvalidInput(
         f"this dictionary has no place in {view.name}",
         f"{dictionary!r}: {why}",
         "the residual stream in front of, between or after sublayers (a post-LN or parallel block: "

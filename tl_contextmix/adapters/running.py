@@ -28,7 +28,7 @@ from tl_contextmix.adapters.splices import (
 )
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import Edit, Hooks, PassOutput, Runner
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _GUARD = threading.Lock()
@@ -391,7 +391,7 @@ def require_no_dropout(model: nn.Module) -> None:
         return
     for name, module in model.named_modules():
         if module.training and _rate(module) > 0:
-            raise bad(
+            raise InvalidInput(
                 "the model is in train mode and drops activations at random",
                 f"dropout {_rate(module)} in {name or type(module).__name__}",
                 "a model in eval mode",
@@ -415,7 +415,7 @@ def require_no_autocast(device: torch.device) -> None:
         InvalidInput: If autocast is on.
     """
     if torch.is_autocast_enabled(device.type):
-        raise bad(
+        raise InvalidInput(
             "maps cannot be computed under autocast",
             f"torch.autocast({device.type!r}, {torch.get_autocast_dtype(device.type)})",
             "matrix products in the precision of their factors",

@@ -31,7 +31,7 @@ from tl_contextmix.adapters.verification import (
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Weights
 from tl_contextmix.core.model_view import ModelView, Readout
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 
 _FAMILIES = ("whisper", "wav2vec2", "hubert")
 # How the modules of a block are called, Whisper's and those of wav2vec2 and HuBERT: attention with
@@ -273,7 +273,7 @@ def _heard(host: Unbridged, d_vocab: int, given: Any) -> tuple[Side, dict[str, T
         fits = sound.shape[1:] == (bins, length)
         expected = f"features of shape [batch, {bins}, {length}]"
     if not fits or not sound.numel():
-        raise bad(
+        raise InvalidInput(
             "a model of sound cannot hear this",
             describe(given),
             expected,
@@ -289,7 +289,7 @@ def _frames(model: Any, samples: int) -> int:
     count: Callable[[int], Any] = model._get_feat_extract_output_lengths
     result = int(count(samples))
     if result < 1:
-        raise bad(
+        raise InvalidInput(
             "a model of sound cannot hear this",
             f"{samples} samples",
             "at least one frame",

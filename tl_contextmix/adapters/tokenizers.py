@@ -16,7 +16,7 @@ from tl_contextmix.adapters.recognition import Facts, token_embedding
 from tl_contextmix.core.model_view import ModelView, Padding
 from tl_contextmix.core.pieces import join_pieces, show_bytes
 from tl_contextmix.core.validation import LATER
-from tl_contextmix.errors import bad, reason, warn
+from tl_contextmix.errors import InvalidInput, reason, warn
 
 Names = Sequence[str] | Callable[[int], str]
 Labels = Annotated[Names | tuple[Names, Names], LATER]
@@ -32,7 +32,7 @@ def require_tokenizer(model: Any) -> Any:
     """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise bad(
+        raise InvalidInput(
             "text cannot be turned into tokens",
             "a model without a tokenizer",
             "token ids of shape [batch, pos]",
@@ -59,7 +59,7 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
             wants_bos = prepend_bos is None or prepend_bos
             return _with_one_bos(tokenizer, text, ids) if wants_bos else ids
         if prepend_bos is not None:
-            raise bad(
+            raise InvalidInput(
                 "prepend_bos has no meaning for an encoder",
                 f"prepend_bos={prepend_bos}",
                 "None",
@@ -86,7 +86,7 @@ def make_encode_pair(
     def encode_pair(first: str, second: str) -> tuple[list[int], list[int] | None]:
         tokenizer = require_tokenizer(handle.get())
         if not framed:
-            raise bad(
+            raise InvalidInput(
                 "a pair of texts has no meaning for this model",
                 f"({first!r}, {second!r})",
                 "one text a row: a decoder has no segments",
@@ -194,7 +194,7 @@ def _published(tokenizer: Any) -> Any:
         try:
             result = type(tokenizer).from_pretrained(place, **options)
         except (OSError, ValueError) as error:
-            raise bad(
+            raise InvalidInput(
                 "the special tokens of a text are not known",
                 "a tokenizer that TransformerLens has loaded again with add_bos_token=True, which "
                 f"replaces them, and none at {place!r} any more",
@@ -426,7 +426,7 @@ def name_tokens(view: ModelView, labels: Labels | None) -> ModelView:
                 known.setdefault(to_output(token), []).append(token)
         result = known.get(text, [])
         if len(result) > 1:
-            raise bad(
+            raise InvalidInput(
                 "a label does not say which token is meant",
                 f"{text!r}, of the ids {result[:5]}",
                 "a label that is given once",
@@ -464,7 +464,7 @@ def _namer(labels: Names, count: int, what: str) -> Callable[[int], str]:
         listed = [*labels] if several and not isinstance(labels, str) else []
         if len(listed) != count or not all(isinstance(label, str) for label in listed):
             kinds = sorted({type(label).__name__ for label in listed})
-            raise bad(
+            raise InvalidInput(
                 "the labels do not name the vocabulary",
                 f"{len(listed)} of {', '.join(kinds) or type(labels).__name__}",
                 f"{count} of str, one for each {what} id",
@@ -476,14 +476,14 @@ def _namer(labels: Names, count: int, what: str) -> Callable[[int], str]:
         try:
             label = labels(token)
         except Exception as error:  # functions raise what they like
-            raise bad(
+            raise InvalidInput(
                 "the labels do not name the vocabulary",
                 f"labels({token}), which raises {reason(error)}",
                 "a function that returns a str for every id",
                 "Try it on this id.",
             ) from error
         if not isinstance(label, str):
-            raise bad(
+            raise InvalidInput(
                 "the labels do not name the vocabulary",
                 f"labels({token}) = {label!r}",
                 "a function that returns a str for every id",

@@ -26,7 +26,7 @@ from tl_contextmix.adapters.weight_processing import (
     sampled,
 )
 from tl_contextmix.core.model_view import ModelView, NeedsModel
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 
 # What every module has is watched otherwise, or changes no number; nor do names, what acts on
 # gradients or slices of a cache only, and what hosts count in a pass.
@@ -316,7 +316,9 @@ def as_encoder_decoder(
     if is_speech(model):
         return from_speech(model, tokenizer, language, task)
     if task is not None:
-        raise bad("task has no meaning for this model", repr(task), "None", "Leave it out.")
+        raise InvalidInput(
+            "task has no meaning for this model", repr(task), "None", "Leave it out."
+        )
     if is_text(model):
         return from_text(model, tokenizer, language)
     try:

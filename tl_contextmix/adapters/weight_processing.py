@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_contextmix.adapters.recognition import Facts
 from tl_contextmix.core.blocks import AttentionSublayer, Block
 from tl_contextmix.core.model_view import ModelView, Notice
-from tl_contextmix.errors import UnsupportedModel, bad, warn
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, warn
 
 # A model's parameters by name: collecting them takes longer than reading them.
 Weights = Mapping[str, Tensor]
@@ -215,7 +215,7 @@ def require_finite(weights: Weights) -> None:
         # Minimum and maximum are NaN if any entry is.
         ends = weight.detach().aminmax() if weight.numel() else ()
         if not all(bool(torch.isfinite(end)) for end in ends):
-            raise bad(
+            raise InvalidInput(
                 f"the weight {name} is not finite",
                 "NaN or infinity",
                 "finite weights",

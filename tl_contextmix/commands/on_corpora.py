@@ -18,7 +18,7 @@ from tl_contextmix.commands.shared_options import (
     model_argument,
     several,
 )
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.evaluation.prompt_rows import NAMES
 from tl_contextmix.evaluation.scan import scan as scanning
 from tl_contextmix.methods.memories import Triggers, load_triggers, merge_triggers, mine_triggers
@@ -72,7 +72,9 @@ def scan(model: str, rows: str, page: str | None, **given: Any) -> None:
 def _pair(given: str) -> tuple[str, str]:
     name, equals, column = given.partition("=")
     if not equals:
-        raise bad("this names no column", repr(given), "NAME=COLUMN", "Write prompt=question.")
+        raise InvalidInput(
+            "this names no column", repr(given), "NAME=COLUMN", "Write prompt=question."
+        )
     return name, column
 
 
@@ -189,7 +191,7 @@ def show(folder: str, model: str | None, **given: Any) -> None:
         want.write(bare)
         return
     if layer is None or neuron is None:
-        raise bad(
+        raise InvalidInput(
             "cannot show this memory",
             f"layer {layer} and neuron {neuron}",
             "both a layer and a neuron",
@@ -205,7 +207,7 @@ def show(folder: str, model: str | None, **given: Any) -> None:
 def _source(model: str | None, bare: Any) -> str:
     source = model or bare.manifest["run"]["source"]["model"]
     if source is None:
-        raise bad(
+        raise InvalidInput(
             "cannot show the contexts",
             "triggers that do not record their model's name",
             "the name or folder of the model",

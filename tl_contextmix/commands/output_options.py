@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from tl_contextmix.commands.shared_options import Decorator, together
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting import require_writable
 
 _PICTURES = (".pdf", ".svg", ".png")
@@ -101,7 +101,7 @@ def wanted(given: dict[str, Any], *, endings: tuple[str, ...] = ENDINGS) -> Want
     output, as_json, quiet = given.pop("output", None), given.pop("as_json"), given.pop("quiet")
     if output is not None and endings:
         if Path(output).suffix not in endings:
-            raise bad(
+            raise InvalidInput(
                 "a result cannot be written in this form",
                 repr(output),
                 f"a name that ends in {', '.join(endings)}",

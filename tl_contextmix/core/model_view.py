@@ -26,7 +26,7 @@ from tl_contextmix.core.blocks import (
 )
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.core.validation import Layers
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 
 StackName = Literal["encoder", "decoder", "cross"]
 Edit = Callable[[Tensor], Tensor]
@@ -282,7 +282,7 @@ class ModelView:
             return "decoder" if "decoder" in self.stacks else "encoder"
         known = [*self.stacks, *(["cross"] if has_cross else [])]
         if stack not in known:
-            raise bad(
+            raise InvalidInput(
                 f"{self.name} has no such stack",
                 repr(stack),
                 f"one of {known}",
@@ -307,7 +307,7 @@ def select_blocks(blocks: tuple[Block, ...], layer: Layers | None) -> tuple[Bloc
         return blocks
     asked = [layer] if isinstance(layer, int) else [*layer]
     if not asked:
-        raise bad(
+        raise InvalidInput(
             "no layer was asked for",
             "an empty list",
             "a layer or several",
@@ -318,7 +318,7 @@ def select_blocks(blocks: tuple[Block, ...], layer: Layers | None) -> tuple[Bloc
 
 def _layer_number(number: int, count: int) -> int:
     if not -count <= number < count:
-        raise bad(
+        raise InvalidInput(
             "there is no such layer",
             repr(number),
             f"an integer from {-count} to {count - 1}",

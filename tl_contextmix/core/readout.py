@@ -21,7 +21,7 @@ from torch import Tensor
 from tl_contextmix.core.blocks import require_weight
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.token_sums import blocks
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 
 Projection = Literal["none", "folded", "frozen", "head", "model"]
 TILE_BYTES = 2**26
@@ -284,7 +284,7 @@ def unembedding(readout: Readout, projection: object, known: tuple[str, ...]) ->
         projection = "model" if "model" in known else "head" if masked else "folded"
     fits = ("head", "model") if masked else ("none", "folded", "frozen", "model")
     if projection not in known or projection not in fits:
-        raise bad(
+        raise InvalidInput(
             "vectors cannot be read as tokens like this",
             f"projection={projection!r}",
             f"one of {[name for name in known if name in fits]} for this model",

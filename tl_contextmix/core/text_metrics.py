@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tl_contextmix.errors import ContextMixError, bad
+from tl_contextmix.errors import ContextMixError, InvalidInput
 
 Counts = tuple[float, ...]
 Figure = Callable[[Sequence[float]], float]
@@ -108,7 +108,7 @@ def user_metric(name: str, function: UserMetric) -> Metric:
             # A text may look like a number, and is none.
             return float("" if isinstance(found, str) else found)
         except (TypeError, ValueError) as error:
-            raise bad(
+            raise InvalidInput(
                 f"the metric {name!r} gave no number",
                 f"{found!r} for the output {output.text!r}",
                 "a number, or NaN for a sentence without one",
@@ -251,7 +251,7 @@ def metric_items(given: Any) -> dict[str, str | UserMetric]:
         isinstance(name, str) and (isinstance(what, str) or callable(what)) for name, what in pairs
     )
     if not named or not pairs or len({name for name, _ in pairs}) < len(pairs):
-        raise bad(
+        raise InvalidInput(
             "there is no such metric",
             repr(given),
             "names or functions, each once, or a mapping from names to them",
@@ -281,7 +281,7 @@ def make_metrics(items: Mapping[str, str | UserMetric]) -> list[Metric]:
 
 def _metric_named(name: str) -> Metric:
     if name not in _MAKERS:
-        raise bad(
+        raise InvalidInput(
             "there is no such metric",
             repr(name),
             f"one of {list(METRICS)}, 'gold NLL', 'KL' or 'accuracy' of decoder_lens, or a "

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from typing_extensions import is_typeddict
 
-from tl_contextmix.errors import UnknownOption, bad, did_you_mean, seen
+from tl_contextmix.errors import InvalidInput, UnknownOption, did_you_mean, seen
 
 MOST = 2**62
 """Upper bound for counts and document numbers."""
@@ -183,7 +183,7 @@ def _no_such_option(function: str, name: str, known: Sequence[str]) -> UnknownOp
 def require_choice(name: str, value: Any, known: Sequence[str]) -> None:
     """Raises InvalidInput unless a value is one of the choices."""
     if not isinstance(value, str) or value not in known:
-        raise bad(
+        raise InvalidInput(
             f"there is no such {name}",
             seen(value),
             f"one of {list(known)}",
@@ -207,7 +207,7 @@ def whole_number(value: Any) -> int | None:
 def require_shape(name: str, shape: tuple[int, ...], expected: tuple[int | str, ...]) -> None:
     """Raises InvalidInput unless a tensor has as many entries per axis as there are labels."""
     if shape != expected:
-        raise bad(
+        raise InvalidInput(
             f"{name} does not fit its labels",
             f"shape {shape}",
             f"shape {expected}",
@@ -219,7 +219,7 @@ def require_number(name: str, value: Any, least: int = 1) -> int:
     """Returns a whole number that is given; raises InvalidInput unless it is at least so large."""
     result = whole_number(value)
     if result is None or not least <= result < MOST:
-        raise bad(
+        raise InvalidInput(
             f"{name} must be a whole number",
             f"{name}={value!r}"[:200],
             "a positive integer" if least == 1 else f"an integer from {least} on",
@@ -241,7 +241,7 @@ def _accepted(function: str, name: str, value: Any, hint: Any) -> Any:
     choices = _choices(hint)
     texts = [one for one in listed if isinstance(one, str)]
     near = [did_you_mean(one, choices) for one in texts if one not in choices]
-    raise bad(
+    raise InvalidInput(
         f"{function} cannot use this {name}",
         seen(value),
         _expected(hint) if all(map(is_text, texts)) else "characters that a text can have",

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from tl_contextmix.core.pieces import has_parts, join_pieces, whole_characters
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 
 Spans = Sequence[tuple[int, int]]
 """Stretches ``(start, stop)`` of positions."""
@@ -155,7 +155,9 @@ def require_spans(spans: Spans, length: int) -> list[tuple[int, int]]:
     """
     listed = [*spans] if isinstance(spans, Iterable) and not isinstance(spans, str) else []
     if not listed:
-        raise bad("no spans were given", repr(spans), "at least one (start, stop)", _REMEDY)
+        raise InvalidInput(
+            "no spans were given", repr(spans), "at least one (start, stop)", _REMEDY
+        )
     return [_require_span(span, length) for span in listed]
 
 
@@ -179,7 +181,7 @@ def frames_of(times: object, per_second: int | float) -> list[tuple[int, int]]:
     except (TypeError, ValueError, OverflowError):
         found, fits = [], False
     if not fits:
-        raise bad(
+        raise InvalidInput(
             "these are no times",
             f"{times!r} at {per_second!r} frames a second",
             "pairs (start, stop) of seconds, with per_second above 0",
@@ -197,7 +199,7 @@ def _require_span(span: object, length: int) -> tuple[int, int]:
     except (TypeError, ValueError):
         start = stop = 0
     if not 0 <= start < stop <= length:
-        raise bad(
+        raise InvalidInput(
             "this span covers no token",
             repr(span),
             f"two integers with 0 <= start < stop <= {length}",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 
 DemoName = Literal["causal-lm", "masked-lm", "encoder-decoder"]
 DEMO_NAMES: tuple[DemoName, ...] = get_args(DemoName)
@@ -52,7 +52,7 @@ def require_demo_name(name: str) -> None:
     """Raises InvalidInput unless `name` is a demo model."""
     if name in DEMO_NAMES:
         return
-    raise bad(
+    raise InvalidInput(
         "Cannot find the demo model",
         repr(name),
         f"one of {', '.join(map(repr, DEMO_NAMES))}",

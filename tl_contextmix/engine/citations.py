@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import ContextMap, Provenance, Result
 
 _ENTRY = re.compile(r"^@\w+\{(\w+),\n(?:  \w+ = \{.+\},\n)+\}$", re.MULTILINE)
@@ -82,7 +82,7 @@ def _keys(used: object) -> Iterator[str]:
     elif name in known:
         yield from known[name].sources()
     else:
-        raise bad(
+        raise InvalidInput(
             "there is nothing to cite",
             repr(used) if isinstance(used, str) else f"a {type(used).__name__}",
             f"a result, or one of {', '.join([*known, 'rollout'])}",

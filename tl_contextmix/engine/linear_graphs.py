@@ -14,7 +14,7 @@ from tl_contextmix.core.linear_graph import LinearGraph, Place, Pulled
 from tl_contextmix.core.linear_steps import LinearStack
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.log_prob_scores import AskedPass, Prediction, run_question
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 from tl_contextmix.results import GraphNode
 
 NEEDS = IDENTITIES - {"pattern", "z"}
@@ -45,7 +45,7 @@ def run_single(view: ModelView, given: Given, answer: Answer) -> AskedPass:
     """
     asked = run_question(view, given, answer, needs=NEEDS, both_stacks=True)
     if len(asked.question.rows) != 1:
-        raise bad(
+        raise InvalidInput(
             "a graph is about one prediction",
             f"{len(asked.question.rows)} predictions",
             "one text, one position and an answer of one token",

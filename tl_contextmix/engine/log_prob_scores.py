@@ -44,7 +44,7 @@ from tl_contextmix.core.tiled_logits import (
     read_vocabulary,
 )
 from tl_contextmix.core.token_sums import blocks
-from tl_contextmix.errors import UnsupportedModel, bad, seen
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, seen
 from tl_contextmix.results import Tokens
 from tl_contextmix.results.components import Grid
 
@@ -224,14 +224,14 @@ def run_question(
 
 def _require_direction_alone(answer: Answer) -> None:
     if answer.foil is not None:
-        raise bad(
+        raise InvalidInput(
             "a direction has no foil",
             f"foil={seen(answer.foil)}",
             "no foil",
             "Ask for the difference of two directions: subtract their vectors.",
         )
     if answer.generate is not None:
-        raise bad(
+        raise InvalidInput(
             "what a model generates is a target of its own",
             f"generate={seen(answer.generate)} with a direction",
             "one of them",

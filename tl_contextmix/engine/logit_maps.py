@@ -25,7 +25,7 @@ from tl_contextmix.adapters.questions import AnswerInputs, Question, predictions
 from tl_contextmix.core.model_view import ModelView, StackName, select_blocks
 from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
 from tl_contextmix.core.validation import Layers
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 from tl_contextmix.results import ContextMap
 
 
@@ -82,7 +82,7 @@ def logit_map(
         UnsupportedModel: If the readout is not linear.
     """
     if view.base_stack(stack) != view.base_stack(None):
-        raise bad(
+        raise InvalidInput(
             "a prediction is read after the last layer of the stack that predicts",
             f"stack={stack!r}",
             "the decoder",

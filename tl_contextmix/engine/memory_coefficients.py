@@ -18,7 +18,7 @@ from tl_contextmix.core.blocks import Block, FeedForward, Identity, Trace, shift
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import Scan, Unembedding, unembedding
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 from tl_contextmix.results.memory_composition import figure_rows
 
 Active = Literal["positive", "nonzero"]
@@ -38,14 +38,14 @@ def require_feed_forward(block: Block) -> FeedForward:
         UnsupportedModel: If its neurons are not known.
     """
     if block.rewrite is not None and block.feed_forward is not None and block.feed_forward.point:
-        raise bad(
+        raise InvalidInput(
             f"it is not clear which features of layer {block.layer} are meant",
             "a transcoder and an SAE in one layer",
             "one of them",
             "Ask about them one by one.",
         )
     if block.memories is None:
-        raise bad(
+        raise InvalidInput(
             f"there are no memories in layer {block.layer}",
             "a block without a feed-forward sublayer",
             "a model with feed-forward sublayers",
@@ -75,7 +75,7 @@ def require_as_many(blocks: Sequence[Block]) -> None:
         sizes.setdefault(require_feed_forward(block).width, []).append(block.layer)
     if len(sizes) > 1:
         listed = "; ".join(f"{size} in layers {layers}" for size, layers in sizes.items())
-        raise bad(
+        raise InvalidInput(
             "layers with different numbers of memories cannot be in one array",
             listed,
             "layers that have equally many",
@@ -92,7 +92,7 @@ def require_predicting(view: ModelView, stack: str) -> None:
     """
     view.readout.require()
     if stack != view.base_stack(None):
-        raise bad(
+        raise InvalidInput(
             "no token is read from this stack",
             f"stack={stack!r}",
             f"{view.base_stack(None)!r}, whose last stream is read as tokens",
@@ -109,7 +109,7 @@ def active_rule(active: object, gated: bool) -> Active:
     if active is None:
         return "nonzero" if gated else "positive"
     if active not in ("positive", "nonzero"):
-        raise bad(
+        raise InvalidInput(
             "there is no such rule for active memories",
             f"active={active!r}",
             "'positive', 'nonzero' or None",

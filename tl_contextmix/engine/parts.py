@@ -27,7 +27,7 @@ from tl_contextmix.core.feed_forward_parts import (
 from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results.axes import positions
 
 Point = Literal["attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out"]
@@ -156,7 +156,7 @@ def parts_at_all(
         elif at in ("resid_post", "block_out"):
             result[at] = points["residual"]
         else:
-            raise bad(
+            raise InvalidInput(
                 f"there is no {at} in layer {block.layer}",
                 "a block without a feed-forward sublayer",
                 "'attn_out', 'resid_mid', 'resid_post' or 'block_out'",
@@ -230,7 +230,7 @@ def head_groups(forward_pass: Pass, heads: Heads) -> list[list[int]] | None:
     if heads is False:
         return None
     if heads is None:
-        raise bad(
+        raise InvalidInput(
             "no heads were named",
             "None",
             "a truth value, a head, or a list of them",
@@ -245,7 +245,7 @@ def head_groups(forward_pass: Pass, heads: Heads) -> list[list[int]] | None:
     groups = [positions("head", group, range(count)) for group in asked]
     for group in groups:
         if len(set(group)) < len(group):
-            raise bad(
+            raise InvalidInput(
                 "a head cannot be in a group twice",
                 repr(heads),
                 "different heads in a group",

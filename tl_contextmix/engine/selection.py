@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tl_contextmix.core.blocks import FeedForward, Trace
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import whole_number
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import LogProbContributions, QueryContributions
 from tl_contextmix.results.components import Components, Grid, join
 
@@ -74,7 +74,7 @@ def chosen_components(
             parts += [_of_tuple(name, one, pos) for one in _listed(name, given)]
     result = join(parts) if parts else None
     if result is None or bool(result.is_empty().all()):
-        raise bad(
+        raise InvalidInput(
             "nothing was chosen", "no neurons, heads or experts", "at least one of them", _REMEDY
         )
     _require_there(view, result)
@@ -84,7 +84,7 @@ def chosen_components(
 def _of_result(result: LogProbContributions | QueryContributions, batch: int) -> Components:
     found = result.components
     if found.kind.shape[0] != batch:
-        raise bad(
+        raise InvalidInput(
             "the chosen components belong to other sentences",
             f"components of {found.kind.shape[0]} sentences",
             f"{batch}, as many as the input has",
@@ -95,7 +95,7 @@ def _of_result(result: LogProbContributions | QueryContributions, batch: int) ->
     odd = (found.neuron < 0) & (whole | (found.source >= 0)) & ~found.is_empty()
     odd |= found.is_bias()
     if bool(odd.any()):
-        raise bad(
+        raise InvalidInput(
             "these components cannot be chosen",
             f"a result by {result.by} with components such as "
             f"{found.label(*odd.nonzero()[0].tolist())}",
@@ -116,7 +116,7 @@ def _listed(name: str, given: Any) -> list[tuple[int, ...]]:
         whole = [whole_number(number) for number in _numbers(name, one)]
         # -1 stands for "no head" among components, so nothing counts from the end.
         if len(whole) not in lengths or any(n is None or n < 0 for n in whole):
-            raise bad(f"the {name} cannot be read", repr(one), _NAMED[name], _REMEDY)
+            raise InvalidInput(f"the {name} cannot be read", repr(one), _NAMED[name], _REMEDY)
         found.append(tuple(n for n in whole if n is not None))
     return list(dict.fromkeys(found))
 
@@ -153,7 +153,7 @@ def _require_there(view: ModelView, found: Components) -> None:
             f"{'experts of ' if some[0].expert >= 0 else ''}{kind} {heads} x {neurons}"
             for (kind, heads, neurons), some in each.items()
         )
-        raise bad(
+        raise InvalidInput(
             f"{view.name} has no such component",
             found.label(*(~known).nonzero()[0].tolist()),
             f"one of its {len(view.blocks())} layers, the first being 0: {listed} "
@@ -338,7 +338,7 @@ class Controls:
         once, again = chosen.unique(return_inverse=True)
         pool = (~used).nonzero()[:, 0]
         if len(pool) < len(once):
-            raise bad(
+            raise InvalidInput(
                 "there are not enough others for a random control",
                 f"{len(pool)} others in {kind} for {len(once)} chosen",
                 "at least as many others as are chosen",

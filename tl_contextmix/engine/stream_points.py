@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import Block, Identity, Trace
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 
 StatePoint = Literal[
     "resid_pre",
@@ -49,7 +49,7 @@ def state_at(block: Block, trace: Trace, at: StatePoint) -> Float[Tensor, "batch
     """
     ff, first = block.feed_forward, block.attentions[0]
     if ff is None and at in ("mlp_in", "mlp_out"):
-        raise bad(
+        raise InvalidInput(
             f"there is no {at} in layer {block.layer}",
             "a block without a feed-forward sublayer",
             "'resid_pre', 'attn_in', 'attn_out', 'resid_mid', 'resid_post' or 'block_out'",

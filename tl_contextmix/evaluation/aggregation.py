@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.core.statistics import bootstrap_interval
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import ContextMap, ScoreRow
 
 Maps = ContextMap | Sequence[ContextMap]
@@ -20,14 +20,14 @@ def sentences(maps: Maps) -> Iterator[tuple[ContextMap, int]]:
     """Yields each sentence's map and its row in the batch."""
     for map in [maps] if isinstance(maps, ContextMap) else maps:
         if not isinstance(map, ContextMap):
-            raise bad(
+            raise InvalidInput(
                 "cannot evaluate this",
                 f"a {type(map).__name__}",
                 "a ContextMap, or a list of them",
                 "Pass what a method returned.",
             )
         if len(map.heads) != 1:
-            raise bad(
+            raise InvalidInput(
                 "this map has several heads",
                 f"{len(map.heads)} heads",
                 "one map per layer",
@@ -52,7 +52,7 @@ def target_place(map: ContextMap, row: int, target: int) -> int:
         return real[numbers.index(target)]
     if -len(real) <= target < 0:
         return real[target]
-    raise bad(
+    raise InvalidInput(
         "the target is not a token of the sentence",
         f"{target} in sentence {row}",
         f"one of {numbers}, or a negative index",
@@ -77,7 +77,7 @@ def per_sentence(given: int | Sequence[int], count: int) -> list[int]:
     """Returns one position per sentence."""
     result = [given] * count if isinstance(given, int) else [*given]
     if len(result) != count:
-        raise bad(
+        raise InvalidInput(
             "positions do not match the sentences",
             f"{len(result)} for {count} sentences",
             "one for all, or one for each",

@@ -10,7 +10,7 @@ from torch import Tensor
 from tl_contextmix.core.statistics import kendall, spearman
 from tl_contextmix.core.validation import checked
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.evaluation.aggregation import Figures, Maps, readable, sentences, summarise
 from tl_contextmix.results import ContextMap, Score
 
@@ -35,7 +35,7 @@ def agreement(a: Maps, b: Maps) -> Score:
     name = ""
     one, two = list(sentences(a)), list(sentences(b))
     if len(one) != len(two):
-        raise bad(
+        raise InvalidInput(
             "the maps cover different sentences",
             f"{len(one)} and {len(two)} sentences",
             "equally many",
@@ -58,7 +58,7 @@ def agreement(a: Maps, b: Maps) -> Score:
 def _require_same(a: ContextMap, b: ContextMap) -> None:
     same = a.target.equals(b.target) and a.source.equals(b.source)
     if not same or a.layers != b.layers:
-        raise bad(
+        raise InvalidInput(
             "the maps cover different tokens or layers",
             f"shapes {tuple(a.scores.shape)} and {tuple(b.scores.shape)}",
             "two maps of one input",

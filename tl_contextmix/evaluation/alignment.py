@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_contextmix.core.statistics import average_precision, expected_average_precision
 from tl_contextmix.core.validation import checked
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.evaluation.aggregation import (
     Figures,
     Maps,
@@ -80,7 +80,7 @@ def cue_alignment(
             # Attention in float32 sums to 1 within 1e-6; rows of zeros stay zero when normalised.
             total = float(scores.sum()) + sink
             if total != 0 and abs(total - 1) > 1e-3:
-                raise bad(
+                raise InvalidInput(
                     "the dot product needs rows that sum to 1",
                     f"a row of {map.provenance.method} that sums to {total:.3g}",
                     "rows divided by their sums",
@@ -107,7 +107,7 @@ def _positions(map: ContextMap, row: int, cue: int | str, seen: Tensor) -> list[
     else:
         named = [real[numbers.index(cue)]] if cue in numbers else []
     if not named:
-        raise bad(
+        raise InvalidInput(
             "a cue matches no readable token",
             f"{cue!r}, a position or token, in sentence {row}"
             if isinstance(cue, str)
@@ -129,7 +129,7 @@ def require_cues(count: int, cues: Any) -> list[list[int | str]]:
         for one in listed
     )
     if not fine:
-        raise bad(
+        raise InvalidInput(
             "the cues do not match the sentences",
             f"{cues!r} for {count} sentences" if count < 4 else f"{len(listed)} lists for {count}",
             "a list of at least one cue, positions or texts, for every sentence",

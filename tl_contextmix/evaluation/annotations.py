@@ -11,7 +11,7 @@ import torch
 
 from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.core.validation import FilePath
-from tl_contextmix.errors import FileFormatError, bad
+from tl_contextmix.errors import FileFormatError, InvalidInput
 from tl_contextmix.results import CurvePoint, LayerCurves, Provenance
 
 KINDS = ("shallow", "semantic")
@@ -47,7 +47,7 @@ def read_annotations(*paths: FilePath) -> LayerCurves:
     """
     sheets = [_read(Path(path)) for path in paths]
     if not sheets or any(sheet.keys() != sheets[0].keys() for sheet in sheets):
-        raise bad(
+        raise InvalidInput(
             "these sheets cannot be read together",
             f"{[len(sheet) for sheet in sheets]} triggers",
             "at least one sheet, all of the same triggers",

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from tl_contextmix.core.text_metrics import UserMetric
 from tl_contextmix.core.validation import LATER, checked
-from tl_contextmix.errors import ContextMixError, bad, seen
+from tl_contextmix.errors import ContextMixError, InvalidInput, seen
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _MARKS = str.maketrans("", "", string.punctuation)
@@ -46,7 +46,7 @@ def alias_match(aliases: Annotated[Mapping[str, Sequence[str]], LATER]) -> UserM
     """
     for source, some in aliases.items():
         if isinstance(some, str) or not all(isinstance(one, str) for one in some):
-            raise bad(
+            raise InvalidInput(
                 "these are no answers",
                 f"{seen(some)} for {source!r}",
                 "a list of texts for each input",
@@ -138,7 +138,7 @@ def _truth(formula: str, values: Mapping[str, bool]) -> bool:
 
 
 def _no_formula(formula: str) -> Exception:
-    return bad(
+    return InvalidInput(
         "this is no formula",
         repr(formula[:200]),
         "Polish notation with ! & | <-> xor, letters, 0 and 1, such as '& a ! b'",
@@ -176,7 +176,9 @@ def in_language(code: str) -> UserMetric:
         ) from error
     known = sorted({language for language, _ in py3langid.rank("a")})
     if code not in known:
-        raise bad("this language is not known", repr(code), f"one of {known}", "Pass its code.")
+        raise InvalidInput(
+            "this language is not known", repr(code), f"one of {known}", "Pass its code."
+        )
 
     def in_language(output: str, reference: str | None, source: str) -> float:
         if not output.strip():

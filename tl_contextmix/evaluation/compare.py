@@ -23,7 +23,7 @@ from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.validation import LATER
 from tl_contextmix.engine.registry import Method, method, methods
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 from tl_contextmix.evaluation import (
     Cues,
     Drop,
@@ -192,7 +192,7 @@ def _supported(
             # One-time work of the first call does not count.
             found = ask()
             if not isinstance(found, ContextMap):
-                raise bad(
+                raise InvalidInput(
                     f"the method {name!r} cannot be compared",
                     f"a {type(found).__name__}",
                     "a ContextMap of the given token ids",
@@ -314,7 +314,7 @@ def _methods(methods: Any) -> dict[str, Make]:
     listed = [*methods] if isinstance(methods, (list, tuple)) else []
     unknown = [name for name in listed if name not in known]
     if unknown or not listed:
-        raise bad(
+        raise InvalidInput(
             "unknown methods",
             repr(unknown or methods),
             f"a list of some of {list(known)}",

@@ -17,7 +17,7 @@ from tl_contextmix.adapters.questions import Answer, Question, ask, label_sets
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import NotNegativeNumber, Positive
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.methods.attention_knockout import attention_knockout
 from tl_contextmix.methods.gradients import gradient_x_input
 from tl_contextmix.methods.value_zeroing import value_zeroing
@@ -142,14 +142,16 @@ def context_reliance(
 def _require_texts(parts: Sequence[object], prompt: object) -> None:
     for name, one in (*(("context", part) for part in parts), ("prompt", prompt)):
         if not isinstance(one, str) or not one.strip():
-            raise bad(
+            raise InvalidInput(
                 f"the {name} cannot be read",
                 seen(one),
                 "text",
                 "Give the context as one text or a list of passages, and the prompt as a text.",
             )
     if not parts:
-        raise bad("there is no context", seen(parts), "a text or passages", "Give at least one.")
+        raise InvalidInput(
+            "there is no context", seen(parts), "a text or passages", "Give at least one."
+        )
 
 
 def _logits(view: ModelView, given: Given, question: Question) -> Tensor:
@@ -173,7 +175,7 @@ def _stretches(
         same = [one == other for one, other in zip(ids, whole, strict=False)]
         end = same.index(False) if False in same else len(same)
         if end < len(ids) - after or end <= ends[-1]:
-            raise bad(
+            raise InvalidInput(
                 "the tokens of a passage run into what follows",
                 f"{parts[count - 1]!r}, joined by {joiner!r}",
                 "passages that end where a token ends",

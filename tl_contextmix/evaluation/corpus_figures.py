@@ -22,7 +22,7 @@ from tl_contextmix.core.validation import (
     Positive,
     checked,
 )
-from tl_contextmix.errors import bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.evaluation.corpus_state import Key, State
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.mining import changed, require_rank
@@ -170,7 +170,7 @@ def _documents(shard: Shard, name: str, rows: bool) -> Iterator[Any]:
             yield document.ids
         elif document.text is None:
             where = f"document {number} of {name}"
-            raise bad(f"{where} cannot be read", document.problem, "a text", "Fix it.")
+            raise InvalidInput(f"{where} cannot be read", document.problem, "a text", "Fix it.")
         elif document.text.strip():
             yield json.loads(document.text) if rows else document.text
 
@@ -191,7 +191,7 @@ def _figures(
     wanted = ["batch", "layer", value, *filter(None, (metric, category))]
     missing = [name for name in wanted if name not in columns]
     if missing or (len(frame) and not 0 <= frame["batch"].min() <= frame["batch"].max() < count):
-        raise bad(
+        raise InvalidInput(
             "what measure= returns cannot be averaged",
             f"columns {columns}" if missing else f"other rows than those of {count} documents",
             f"a result or table with the columns {wanted}, batch from 0",

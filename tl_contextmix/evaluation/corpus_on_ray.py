@@ -14,7 +14,7 @@ from tl_contextmix.core.validation import (
     PositiveNumber,
     checked,
 )
-from tl_contextmix.errors import bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.evaluation.corpus_figures import Measure, over_corpus
 from tl_contextmix.evaluation.corpus_state import merge_figures
 from tl_contextmix.methods.memories.on_ray import on_ray, require_options
@@ -76,7 +76,7 @@ def over_corpus_on_ray(
     """
     options = require_options(options, over_corpus)
     if not hasattr(measure, "__qualname__"):
-        raise bad(
+        raise InvalidInput(
             "measure= has no name by which parts are known to be of one run",
             seen(measure),
             "a function with a name of its own",

@@ -10,7 +10,7 @@ from typing import Any
 
 from tl_contextmix.core.statistics import ExactMoments, t_quantile
 from tl_contextmix.core.validation import FilePath, checked
-from tl_contextmix.errors import FileFormatError, bad
+from tl_contextmix.errors import FileFormatError, InvalidInput
 from tl_contextmix.methods.memories.mining import cannot_merge, require_run
 from tl_contextmix.methods.memories.store import alone
 from tl_contextmix.results import CurvePoint, LayerCurves
@@ -54,7 +54,7 @@ class State:
                 known = self.moments.get(key, ExactMoments())
                 self.moments[key] = known.merge(ExactMoments.of(numbers))
         if len(self.moments) > self.most:
-            raise bad(
+            raise InvalidInput(
                 "there are too many figures",
                 f"{len(self.moments)} metrics, categories and layers",
                 f"at most {self.most}",
@@ -101,7 +101,7 @@ class State:
         """Goes on from a file, and returns the hash of what was read."""
         before, digest = load_state(path)
         if (before.rank, before.world_size) != (self.rank, self.world_size):
-            raise bad(
+            raise InvalidInput(
                 f"{path} holds another share of the corpus",
                 f"rank={self.rank} of world_size={self.world_size}",
                 f"rank={before.rank} of world_size={before.world_size}",

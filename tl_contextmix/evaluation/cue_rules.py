@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 
 Found = tuple[list[int], list[int]]
 """Indices of the cues, and of the lures, among the words of the good sentence."""
@@ -69,7 +69,7 @@ def derive_cues(uid: object, words: Sequence[str], target: int) -> Found:
     """Returns the words that decide which sentence is good, and those that tempt to the other."""
     rule = RULES.get(str(uid))
     if rule is None:
-        raise bad(
+        raise InvalidInput(
             "there is no rule for the cues of this set",
             f"UID {uid!r}",
             f"one of {[*RULES]}",
@@ -82,7 +82,7 @@ def derive_cues(uid: object, words: Sequence[str], target: int) -> Found:
         or not all(0 <= one < len(words) and one != target for one in places)
         or {*cues} & {*lures}
     ):
-        raise bad(
+        raise InvalidInput(
             f"the rule of {uid} does not fit this sentence",
             " ".join(words),
             "a sentence of BLiMP's template",

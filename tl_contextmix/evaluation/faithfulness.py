@@ -21,7 +21,7 @@ from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.validation import whole_number
 from tl_contextmix.core.words import Spans
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad, warn
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, warn
 from tl_contextmix.evaluation.aggregation import Figures, Maps, per_sentence, sentences, summarise
 from tl_contextmix.results import ContextMap, Score
 
@@ -87,7 +87,7 @@ def faithfulness(
     view = name_tokens(as_view(model), labels)
     batch = make_batch(view, Given(input, _mask_of(map, input)))
     if not isinstance(map, ContextMap) or not torch.equal(batch.main.ids.cpu(), map.source.ids):
-        raise bad(
+        raise InvalidInput(
             "the map is of a different input",
             f"{map.source.ids.tolist()}" if isinstance(map, ContextMap) else type(map).__name__,
             f"a ContextMap of the tokens {batch.main.ids.tolist()}",
@@ -160,7 +160,7 @@ def _row_of(map: ContextMap, row: int, drop: Drop, real: Tensor) -> int:
     place = int(map.source.positions()[row, real[drop.place]])
     rows = (map.target.positions()[row] == place) & map.target.mask[row].cpu()
     if not bool(rows.any()):
-        raise bad(
+        raise InvalidInput(
             "the map has no row for the target",
             f"rows for positions {map.target.positions()[row].tolist()}",
             f"one for position {place}",
@@ -200,7 +200,7 @@ def blanked(
     alone = Batch(side, None, {name: value[None] for name, value in further.items()})
     question = ask(view, alone, answer)
     if len(question.rows) != 1:
-        raise bad(
+        raise InvalidInput(
             "faithfulness is of one prediction in each sentence",
             f"{len(question.rows)} predictions",
             "one position, and a target of one token",
@@ -208,7 +208,7 @@ def blanked(
         )
     if whole_number(blank) is None or not 0 <= blank < view.d_vocab:
         expected = f"an integer from 0 to {view.d_vocab - 1}"
-        raise bad("blank is not a token id", repr(blank), expected, "Pass another.")
+        raise InvalidInput("blank is not a token id", repr(blank), expected, "Pass another.")
     units = [(i, i + 1) for i in range(len(ids))] if spans is None else [*spans]
     return Drop(question, blank, units)
 
@@ -330,7 +330,7 @@ def blank_token(model: object, view: ModelView) -> int:
         # A token added to the tokenizer later is outside the model's vocabulary.
         if isinstance(value, int) and 0 <= value < view.d_vocab:
             return value
-    raise bad(
+    raise InvalidInput(
         "there is no token to blank with",
         "a tokenizer without special tokens, or none",
         "a mask, unknown, padding or end-of-sequence token",

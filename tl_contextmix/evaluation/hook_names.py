@@ -11,7 +11,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import names_read
 from tl_contextmix.core.validation import checked, require_choice
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 
 
 @checked
@@ -48,7 +48,7 @@ def hook_names(model: object, method: Callable[..., Any] | str) -> list[str]:
         given["decoder_input"] = ids
     result = names_read(model, lambda cache: method(model, ids, cache=cache, **given))
     if result is None:
-        raise bad(
+        raise InvalidInput(
             "there are no names to cache",
             f"a method that reads none: {getattr(method, '__name__', method)!r}",
             "a method that takes `cache`",

@@ -15,7 +15,7 @@ from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import LATER, NotNegative, Positive, checked
 from tl_contextmix.engine.log_prob_scores import run_question
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
-from tl_contextmix.errors import bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.methods.log_prob.knockout import knockout
 from tl_contextmix.results import LogProbContributions
 
@@ -139,7 +139,7 @@ def knockout_curve(
 
     there = int((~components.components.is_empty()).sum(dim=1).min())
     if not counts or not 1 <= min(counts) <= max(counts) <= there:
-        raise bad(
+        raise InvalidInput(
             "so many components cannot be ablated",
             seen([*counts]),
             f"counts from 1 to {there}",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tl_contextmix.core.pieces import has_parts, join_pieces, whole_characters
 from tl_contextmix.core.validation import FilePath, NotNegative, Positive, checked
-from tl_contextmix.errors import FileFormatError, InvalidInput, bad
+from tl_contextmix.errors import FileFormatError, InvalidInput
 from tl_contextmix.evaluation.cue_rules import derive_cues
 from tl_contextmix.results import Tokens
 
@@ -50,7 +50,7 @@ class MinimalPair:
             start, stop = _ends(span)
             inside = 0 <= start < stop <= len(self.good) and self.good[start:stop].strip()
             if not inside or (start < good[1] and good[0] < stop):
-                raise bad(
+                raise InvalidInput(
                     "a cue must be another part of the sentence",
                     f"{span!r} in {self.good!r}",
                     f"characters (start, stop), 0 <= start < stop <= {len(self.good)}, outside of "
@@ -99,7 +99,7 @@ class MinimalPair:
 
 
 def _no_pair(seen: str) -> InvalidInput:
-    return bad(
+    return InvalidInput(
         "not a minimal pair",
         seen,
         "two sentences that differ in one word",
@@ -149,7 +149,7 @@ def demo_pairs(
     from tl_contextmix.demo_models.pairs import KINDS, minimal_pairs
 
     if kind not in KINDS or (lures and not KINDS[kind]):
-        raise bad(
+        raise InvalidInput(
             "the grammar has no such pairs",
             f"kind={kind!r}, lures={lures}",
             f"one of {list(KINDS)}; with lures {[k for k, tempted in KINDS.items() if tempted]}",
@@ -187,7 +187,7 @@ def load_minimal_pairs(
     try:
         data = Path(path).read_bytes()
     except (OSError, TypeError, ValueError) as error:
-        raise bad(
+        raise InvalidInput(
             "cannot read the minimal pairs",
             f"{path!r} ({getattr(error, 'strerror', None) or error})",
             "a file with one JSON object per line",
@@ -221,7 +221,7 @@ def _pair(path: Path, number: int, line: str, derived: bool) -> MinimalPair:
         for words in listed:
             if not isinstance(words, list):
                 remedy = "Write [] for none."
-                raise bad("cues must be a list", repr(words), "a list of words", remedy)
+                raise InvalidInput("cues must be a list", repr(words), "a list of words", remedy)
         cues, lures = (tuple(_place(good, word) for word in words) for words in listed)
         # Lone surrogates cannot be tokenized.
         (good + wrong).encode()
@@ -248,7 +248,7 @@ def _place(text: str, word: Any) -> Stretch:
         return _ends(word)
     found = [span for span in words_of(text) if text[slice(*span)] == word]
     if len(found) != 1:
-        raise bad(
+        raise InvalidInput(
             "a cue is ambiguous or missing",
             f"{word!r}, which occurs {len(found)} times in {text!r}",
             "a word that occurs once, or a character span [start, stop]",
@@ -313,7 +313,7 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
         spread((places[at], places[-1] + 1))
         at = len(plain)
     if at < len(plain):
-        raise bad(
+        raise InvalidInput(
             "cannot align the tokens with the text",
             f"{[*tokens.strings[row]]} for {text!r}, from {text[places[at] :][:20]!r} on",
             "tokens that spell out the text",

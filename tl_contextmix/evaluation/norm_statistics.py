@@ -13,7 +13,7 @@ from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.validation import LATER, checked
 from tl_contextmix.core.words import is_mark
-from tl_contextmix.errors import bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.results import ContextMap, CurvePoint, LayerCurves, LayerFigures, TokenFigures
 from tl_contextmix.results.curves import EVERY, curve_point
 
@@ -87,7 +87,7 @@ def _error(sums: Sequence[float]) -> float:
 def _rows(map: ContextMap, sure: Any, possible: Any) -> list[tuple[int, Any, Any]]:
     count, both = len(map.scores), (sure, sure if possible is None else possible)
     if any(not isinstance(one, Sequence) or len(one) != count for one in both):
-        raise bad(
+        raise InvalidInput(
             "links do not fit the sentences",
             f"{seen(sure)} for {count} sentences",
             "a list of pairs (target, source) for each sentence",
@@ -101,7 +101,7 @@ def _links(map: ContextMap, row: int, pairs: Any) -> set[tuple[int, int]]:
     result = {(int(target), int(source)) for target, source in pairs}
     for pair in result:
         if not all(0 <= at < len(side) and side[at] for at, side in zip(pair, real, strict=True)):
-            raise bad(
+            raise InvalidInput(
                 "a link is outside of the map",
                 f"{pair} in sentence {row}",
                 f"a target of {sum(real[0])}, a source of {sum(real[1])}",
@@ -165,7 +165,7 @@ def frequency_correlation(
     ids = [tokens.ids[row, some].tolist() for row, some in enumerate(kept)]
     unknown = {i for row in ids for i in row} - {*frequencies}
     if unknown:
-        raise bad(
+        raise InvalidInput(
             "the frequency of a token is not known",
             f"token ids {sorted(unknown)[:5]}",
             "a frequency for every token of the figures",

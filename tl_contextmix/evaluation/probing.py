@@ -22,7 +22,7 @@ from tl_contextmix.core.residual_stream import needed
 from tl_contextmix.core.validation import LATER, Layers, Positive, PositiveNumber, require_choice
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.stream_points import POINTS, StatePoint, state_at, state_needs
-from tl_contextmix.errors import bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.results import Probing
 
 # Lists, tensors, arrays and columns of tables.
@@ -172,7 +172,7 @@ def _classes(given: Any, count: int) -> tuple[tuple[str, ...], Int[Tensor, " tex
     fine = isinstance(listed, Sequence) and not isinstance(listed, (str, bytes))
     numbers = _numbers(listed) if fine and len(listed) == count else None
     if numbers is None or len(numbers[0]) < 2:
-        raise bad(
+        raise InvalidInput(
             "the classes do not fit the texts",
             f"{len(listed)} classes" if fine and numbers is None else seen(given),
             f"the class of each of {count} texts, of which at least two differ",
@@ -192,7 +192,7 @@ def _types(control: Any, tokens: list[int], count: int) -> Int[Tensor, " text"] 
     fine = isinstance(listed, Sequence) and len(listed) == count
     numbers = _numbers(listed) if fine else None
     if numbers is None:
-        raise bad(
+        raise InvalidInput(
             "control= cannot be read",
             seen(control),
             f"'shuffled', 'token', or a list with one value for each of {count} texts",

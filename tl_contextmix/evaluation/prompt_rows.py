@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tl_contextmix.errors import InvalidInput, bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.evaluation.minimal_pairs import MinimalPair
 
 NAMES = ("prompt", "target", "foil", "category")
@@ -75,7 +75,7 @@ def read_row(row: str, columns: Mapping[str, str], *, causal: bool) -> Prompt:
 
 
 def _no_prompt(row: object, expected: str = "") -> InvalidInput:
-    return bad(
+    return InvalidInput(
         "this row is no prompt",
         list(row)[:20] if isinstance(row, dict) else seen(row),
         expected or "columns prompt, target, foil and category, or a known format",

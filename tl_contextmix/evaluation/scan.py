@@ -25,7 +25,7 @@ from tl_contextmix.core.validation import FilePath, NotNegativeNumber, Positive,
 from tl_contextmix.engine.log_prob_scores import run_predictions
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.evaluation.minimal_pairs import MinimalPair
 from tl_contextmix.evaluation.prompt_rows import NAMES, Prompt, read_row
 from tl_contextmix.evaluation.sentences import Unusable, mask_id, pair_sentence
@@ -215,7 +215,7 @@ class _Scanner:
 
     def _prompt(self, document: Document) -> Prompt:
         if document.text is None:
-            raise bad("it cannot be read", document.problem, "a row of columns", "Fix it.")
+            raise InvalidInput("it cannot be read", document.problem, "a row of columns", "Fix it.")
         causal = "decoder" in self.view.stacks
         return read_row(document.text, self.options["columns"], causal=causal)
 
@@ -252,7 +252,7 @@ class _Scanner:
             some = Moments.of(columns[torch.tensor([one == name for one in names])])
             self.found[name] = self.found[name].merge(some) if name in self.found else some
         if len(self.found) > _MOST_CATEGORIES:
-            raise bad(
+            raise InvalidInput(
                 "there are too many categories",
                 f"more than {_MOST_CATEGORIES}",
                 "categories of many prompts each",
@@ -264,7 +264,7 @@ class _Scanner:
             self.components = components
         for name, column in vars(components).items():
             if not column.equal(getattr(self.components, name)):
-                raise bad(
+                raise InvalidInput(
                     "prompts of other components cannot be averaged",
                     f"another {name} than in the prompts before",
                     "the same components for every prompt",
@@ -275,7 +275,7 @@ class _Scanner:
         """Returns what was found so far."""
         if self.components is None:
             reasons = "".join(f" {reason}" for reason in self.reasons[:1])
-            raise bad(
+            raise InvalidInput(
                 "there is no prompt to explain",
                 f"{self.read} rows, {self.skipped} of them skipped.{reasons}",
                 "at least one row that can be used",

@@ -14,7 +14,7 @@ from tl_contextmix.adapters.inputs.tokens import as_tensor
 from tl_contextmix.adapters.questions import Answer, one_each
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import as_list
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 from tl_contextmix.evaluation.alignment import require_cues
 from tl_contextmix.evaluation.minimal_pairs import MinimalPair, overlapping, place_tokens
 
@@ -72,7 +72,7 @@ def sentences_of(
     listed = [*map(as_tensor, given)] if several else []
     kinds = {type(one) for one in listed}
     if kinds not in ({str}, {Tensor}, {MinimalPair}):
-        raise bad(
+        raise InvalidInput(
             "cannot compare methods on this input",
             f"a {type(input).__name__}{' of ' * bool(kinds)}"
             + ", ".join(sorted(kind.__name__ for kind in kinds)),
@@ -91,7 +91,7 @@ def sentences_of(
     if kinds != {MinimalPair}:
         asked = [[]] * len(listed) if cues is None else require_cues(len(listed), cues)
         if contrast:
-            raise bad(
+            raise InvalidInput(
                 "texts have no wrong word to contrast with",
                 "contrast=True and texts",
                 "contrast=True with minimal pairs",
@@ -105,14 +105,14 @@ def sentences_of(
             [(_words(view, t), partial(_text, view, t, mask, c, a)) for t, c, a in texts], unusable
         )
     if not answer.empty:
-        raise bad(
+        raise InvalidInput(
             "minimal pairs have their own targets",
             "target= or foil= together with minimal pairs",
             "target= and foil= only for texts",
             "Pass contrast=True for the wrong words as foils.",
         )
     if cues is not None:
-        raise bad(
+        raise InvalidInput(
             "minimal pairs have their own cues",
             "cues= together with minimal pairs",
             "cues= only for texts",
@@ -120,7 +120,7 @@ def sentences_of(
         )
     known = sum(bool(pair.cues) for pair in listed)
     if known not in (0, len(listed)):
-        raise bad(
+        raise InvalidInput(
             "only some pairs have cues",
             f"{known} of {len(listed)} pairs with cues",
             "cues for all pairs, or for none",
@@ -168,7 +168,7 @@ def _text(
     last = tokens.shape[1] - 1
     places = [last] if mask is None else (tokens[0] == mask).nonzero()[:, 0].tolist()
     if len(places) != 1:
-        raise bad(
+        raise InvalidInput(
             "the predicting position is ambiguous",
             f"{len(places)} masks in {_words(view, text)!r}",
             "exactly one mask token in every text",
@@ -224,7 +224,7 @@ def _sentence(
 
 
 def _unasked(pair: MinimalPair, seen: str, expected: str) -> InvalidInput:
-    return bad(
+    return InvalidInput(
         "this pair cannot be scored on the model",
         f"{seen} in {pair.good!r}",
         expected,
@@ -236,7 +236,7 @@ def mask_id(model: object) -> int:
     """Returns the id of a masked model's mask token."""
     result = getattr(getattr(model, "tokenizer", None), "mask_token_id", None)
     if not isinstance(result, int):
-        raise bad(
+        raise InvalidInput(
             "a masked model needs a mask token",
             "a tokenizer without one, or no tokenizer",
             "a tokenizer with a mask token",

@@ -10,7 +10,7 @@ import torch
 
 from tl_contextmix.core.validation import LATER, checked, require_choice
 from tl_contextmix.core.words import is_mark
-from tl_contextmix.errors import bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.evaluation.minimal_pairs import overlapping, place_tokens, words_of
 from tl_contextmix.results import ContextMap, LayerFigures, Tokens
 
@@ -75,7 +75,7 @@ def _of_each(texts: str | Sequence[str], given: Any, rows: int, what: str) -> li
     texts = [texts] if isinstance(texts, str) else [*texts]
     found = [given(text) for text in texts] if callable(given) else [*given]
     if not len(found) == len(texts) == rows:
-        raise bad(
+        raise InvalidInput(
             f"{what} do not fit the texts",
             f"{what} of {len(found)} texts, {len(texts)} texts, {rows} rows of tokens",
             "as many of each",
@@ -117,7 +117,7 @@ def _named(text: str, given: Any) -> list[tuple[int, int, Any]]:
         for words in (words_of(text, spaces=True), words_of(text)):
             if len(words) == len(listed):
                 return [(*word, label) for word, label in zip(words, listed, strict=True)]
-    raise bad(
+    raise InvalidInput(
         "labels do not fit the words",
         f"{seen(given)} for {text[:100]!r}",
         f"a label for each of {len(text.split())} words, spans (start, stop, label) of characters, "
@@ -175,14 +175,14 @@ def by_kind(
         InvalidInput: If the map has several heads, or labels do not fit.
     """
     if len(map.heads) != 1:
-        raise bad(
+        raise InvalidInput(
             "pairs of several heads have no one score",
             f"{len(map.heads)} heads",
             "one map per layer",
             "Take .mean('head') or select(head=...).",
         )
     if (labels is None and arcs is None) != (texts is None):
-        raise bad(
+        raise InvalidInput(
             "labels are of words of texts",
             "labels without texts" if texts is None else "texts without labels",
             "both, or neither",
@@ -281,7 +281,7 @@ def _arcs(text: str, given: Any) -> list[tuple[tuple[int, int], tuple[int, int],
         arcs = [((0, 0), (0, 0), "")]
     for *ends, _ in arcs:
         if not all(len(span) == 2 and 0 <= span[0] < span[1] <= len(text) for span in ends):
-            raise bad(
+            raise InvalidInput(
                 "these are no arcs of the text",
                 f"{seen(given)} for {text[:100]!r}",
                 "(head, dependent, relation) with spans (start, stop) of characters, or a document "

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.adapters.loading import load_model
-from tl_contextmix.errors import ContextMixError, UnsupportedModel, bad
+from tl_contextmix.errors import ContextMixError, InvalidInput, UnsupportedModel
 from tl_contextmix.exploring import question_form
 from tl_contextmix.exploring.limits import MAX_GIB, Limits
 from tl_contextmix.exploring.one_at_a_time import Explorer
@@ -127,7 +127,7 @@ def listening(host: str, port: int) -> Iterator[tuple[socket.socket, list[str]]]
     except ValueError:
         inside = False
     if not inside:
-        raise bad(
+        raise InvalidInput(
             "the page is for this machine alone",
             f"the host {host!r}",
             "127.0.0.1, ::1 or localhost",
@@ -140,7 +140,7 @@ def listening(host: str, port: int) -> Iterator[tuple[socket.socket, list[str]]]
             listener.bind((number, port))
         except (OSError, OverflowError) as error:
             seen = getattr(error, "strerror", None) or error
-            raise bad(
+            raise InvalidInput(
                 f"cannot listen on port {port} of {host}", seen, "a free port", "Leave it out."
             ) from error
         listener.listen()

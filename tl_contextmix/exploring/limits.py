@@ -12,7 +12,7 @@ from tl_contextmix.adapters.inputs.tokens import Given, make_batch
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.errors import ContextMixError, bad
+from tl_contextmix.errors import ContextMixError, InvalidInput
 from tl_contextmix.evaluation.cost.estimate import estimate
 from tl_contextmix.exploring.typed_questions import SAID, TypedQuestion
 from tl_contextmix.methods.alti import alti
@@ -114,7 +114,7 @@ class Limits:
         enough = (
             f"--max-flops {_up(max(flops, self.flops)):.0e} --max-gib {_up(max(gib, self.gib)):g}"
         )
-        return bad(
+        return InvalidInput(
             "this would take more than this page allows",
             f"{flops:.1e} FLOPs and {gib:.2g} GiB for {length} tokens, most of it for {most}",
             f"at most {self.flops:.1e} FLOPs and {self.gib:g} GiB",

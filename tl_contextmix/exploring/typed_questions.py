@@ -13,7 +13,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.errors import ContextMixError, ContextMixWarning, bad
+from tl_contextmix.errors import ContextMixError, ContextMixWarning, InvalidInput
 from tl_contextmix.plotting import Page
 from tl_contextmix.plotting.display_text import visible
 from tl_contextmix.reporting import TITLE
@@ -110,21 +110,25 @@ class TypedQuestion:
 def as_typed(given: object) -> TypedQuestion:
     """Returns the question that a page sent."""
     if not isinstance(given, dict) or not set(given) <= {*_KEYS}:
-        raise bad(
+        raise InvalidInput(
             "this is no question", visible(repr(given))[:80], ", ".join(_KEYS), "Reload the page."
         )
     text, show = given.get("text"), given.get("show")
     if not isinstance(text, str) or not text:
-        raise bad("there is nothing to ask about", "no text", "a text", "Type one.")
+        raise InvalidInput("there is nothing to ask about", "no text", "a text", "Type one.")
     known = (*SECTIONS, *offered_methods())
     if not isinstance(show, list) or not show or not all(one in known for one in show):
         seen = "nothing" if not show else visible(repr(show))[:80]
-        raise bad("nothing to show is chosen", seen, f"some of {', '.join(known)}", "Tick some.")
+        raise InvalidInput(
+            "nothing to show is chosen", seen, f"some of {', '.join(known)}", "Tick some."
+        )
     kept = {name: given.get(name) for name in ("target", "foil", "pos", "generate")}
     for name, value in kept.items():
         kind, words = (str, "a text") if name in ("target", "foil") else (int, "a whole number")
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise bad(f"{name} cannot be read", visible(repr(value))[:80], words, "Change it.")
+            raise InvalidInput(
+                f"{name} cannot be read", visible(repr(value))[:80], words, "Change it."
+            )
     return TypedQuestion(text, tuple(show), **kept)
 
 
@@ -132,7 +136,7 @@ def require_text_model(model: object) -> ModelView:
     """Returns the view of a model that reads text."""
     view = as_view(model)
     if view.hears is not None or not view.reads_text():
-        raise bad(
+        raise InvalidInput(
             "nothing can be typed for this model",
             f"{view.name}, which {'takes sound' if view.hears else 'has no tokenizer'}",
             "a model of text with its tokenizer",

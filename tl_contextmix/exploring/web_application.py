@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.exploring.one_at_a_time import Busy, Explorer
 from tl_contextmix.exploring.question_form import FORM_POLICY
 from tl_contextmix.exploring.typed_questions import TypedQuestion, as_typed
@@ -96,10 +96,14 @@ async def _question(request: Request) -> TypedQuestion:
         async for part in request.stream():
             body += part
             if len(body) > LONGEST:
-                raise bad("the text is too long", f"over {LONGEST:,} bytes", "fewer", "Shorten it.")
+                raise InvalidInput(
+                    "the text is too long", f"over {LONGEST:,} bytes", "fewer", "Shorten it."
+                )
         given: Any = json.loads(bytes(body))
     except (ClientDisconnect, ValueError, RecursionError) as error:
         if isinstance(error, InvalidInput):
             raise
-        raise bad("this is no question", "no JSON", "what the page sends", "Reload it.") from error
+        raise InvalidInput(
+            "this is no question", "no JSON", "what the page sends", "Reload it."
+        ) from error
     return as_typed(given)

@@ -16,7 +16,7 @@ from tl_contextmix.adapters.questions import AnswerInputs
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import ContextMap
 
 # scipy's maximum flow takes 32-bit integers. No flow exceeds what enters its target, which is 1.
@@ -65,7 +65,7 @@ def attention_flow(
     graph of ``l n ^ 2`` edges, all of them side by side: for short texts.
     """
     if stack == "cross":
-        raise bad(
+        raise InvalidInput(
             "attention flow stays within one stack",
             "stack='cross'",
             "'encoder' or 'decoder'",

@@ -25,7 +25,7 @@ from tl_contextmix.core.validation import Layers, Positive, checked
 from tl_contextmix.engine.logit_maps import LogitReader, logit_map
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Bias
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 from tl_contextmix.results import ContextMap, Decomposition
 
 # Of targets, where all tokens are carried at once: so many leave 1/32 of the work for nothing.
@@ -144,7 +144,7 @@ def _to_prediction(
 ) -> ContextMap:
     """Returns what each input token brings to the logits asked about."""
     if layer is not None:
-        raise bad(
+        raise InvalidInput(
             "a prediction is read after the last layer",
             f"layer={layer}",
             "all layers",

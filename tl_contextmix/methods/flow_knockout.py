@@ -29,7 +29,7 @@ from tl_contextmix.engine.linear_graphs import (
 from tl_contextmix.engine.log_prob_scores import run_predictions
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import AttributionGraph, FlowKnockout
 from tl_contextmix.results.axes import largest
 from tl_contextmix.results.components import COLUMNS, KINDS, Components
@@ -133,7 +133,7 @@ def flow_knockout(
 def _chosen(graph: AttributionGraph, nodes: Nodes | None, k: int) -> list[int]:
     """Returns the numbers of the nodes that are ablated, in order."""
     if any(node.kind.endswith("feature") for node in graph.nodes):
-        raise bad(
+        raise InvalidInput(
             "features cannot be ablated in the model",
             "a graph with a dictionary",
             "a graph of the model's own nodes",
@@ -146,7 +146,7 @@ def _chosen(graph: AttributionGraph, nodes: Nodes | None, k: int) -> list[int]:
         written = [place for place, node in enumerate(graph.nodes) if node.written]
         found = [place for place in map(whole_number, nodes) if place in written]
         if len({*found}) < len(nodes):
-            raise bad(
+            raise InvalidInput(
                 "these nodes cannot be ablated",
                 f"nodes={[*nodes]}",
                 f"numbers of embeddings, heads, feed-forward blocks or neurons among {written}, "
@@ -154,7 +154,7 @@ def _chosen(graph: AttributionGraph, nodes: Nodes | None, k: int) -> list[int]:
                 "Leave nodes= out for the largest ones.",
             )
     if not found:
-        raise bad(
+        raise InvalidInput(
             "there is no node to ablate",
             f"a graph of {len(graph.nodes)} nodes",
             "embeddings, heads, feed-forward blocks or neurons among them",

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import ContextMap, LayerFigures, Pair, PairChanges, Provenance
 from tl_contextmix.results.axes import largest
 
@@ -303,7 +303,7 @@ def _require_same(before: ContextMap, after: ContextMap) -> None:
 
 
 def _incomparable(seen: str, expected: str, remedy: str) -> InvalidInput:
-    return bad("these maps cannot be compared", seen, expected, remedy)
+    return InvalidInput("these maps cannot be compared", seen, expected, remedy)
 
 
 def _provenance(

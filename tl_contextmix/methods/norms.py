@@ -39,7 +39,7 @@ from tl_contextmix.engine.parts import (
     parts_at_all,
 )
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad, warn
+from tl_contextmix.errors import InvalidInput, warn
 from tl_contextmix.results import ContextMap, TokenFigures
 from tl_contextmix.results.headings import in_plain_words
 
@@ -163,7 +163,7 @@ def attention_norms(
 
 def _require_heads(heads: Heads, points: list[Point]) -> None:
     if not points or (heads is not False and points != ["attn_out"]):
-        raise bad(
+        raise InvalidInput(
             "these maps cannot be computed",
             f"heads={heads} at {points}",
             "at least one point; heads at 'attn_out' only",
@@ -181,7 +181,7 @@ def _require_products(forward_pass: Pass, points: list[Point]) -> None:
         seen += ", a model of experts"
     elif set(points) & set(POINTS[3:]):
         return
-    raise bad(
+    raise InvalidInput(
         "nothing here is computed in bfloat16",
         seen,
         f"a point after a feed-forward block without experts: {list(POINTS[3:])}",
@@ -331,7 +331,7 @@ def mixing_ratio(
         as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs
     )
     if at == "attn_out" and forward_pass.stack == "cross":
-        raise bad(
+        raise InvalidInput(
             "there is no mixing ratio of cross-attention alone",
             "at='attn_out', stack='cross'",
             "a point at which a token can come from itself",

@@ -24,7 +24,7 @@ from tl_contextmix.core.value_ablation import ablate_values, batch_rows, needed_
 from tl_contextmix.core.words import Spans, merge, require_spans
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, head_groups
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 from tl_contextmix.results import ContextMap
 
 # What heads are scaled with and what is added to the stream is known, and held.
@@ -271,7 +271,7 @@ def _require_spans(
 ) -> list[tuple[int, int]] | None:
     merged = span_rows != "keep"
     if merged and (spans is None or rows is not None or forward_pass.stack == "cross"):
-        raise bad(
+        raise InvalidInput(
             "rows cannot be merged",
             f"span_rows={span_rows!r}",
             "spans of the same tokens on both axes, and all targets",

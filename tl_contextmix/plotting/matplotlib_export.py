@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from tl_contextmix.errors import ContextMixError, bad
+from tl_contextmix.errors import ContextMixError, InvalidInput
 from tl_contextmix.plotting.panels import Bars, Graph, Heatmap, Panel
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def draw_figure(
     if ax is None:
         return draw(chosen, fonts, width)
     if len(chosen) > 1:
-        raise bad(
+        raise InvalidInput(
             "one pair of axes holds one panel",
             f"{len(chosen)} panels",
             f"panel= with an integer from 0 to {len(chosen) - 1}",
@@ -67,14 +67,14 @@ def _require_place(panel: Panel, ax: object, width: object) -> None:
         return
     words = f"ax={type(ax).__name__}, width={width!r}"
     if not isinstance(panel, (Heatmap, Bars, Graph)):
-        raise bad(
+        raise InvalidInput(
             "text stands where it is put",
             f"{words}, for a {type(panel).__name__}",
             "a map, bars, curves or a graph",
             "Leave ax= and width= out, or choose another panel.",
         )
     if ax is not None and isinstance(panel, Heatmap) and len(panel.sheets) > 1:
-        raise bad(
+        raise InvalidInput(
             "one pair of axes holds one map",
             f"{len(panel.sheets)} maps",
             f"sheet= with a position or name of {list(panel.sheets[:6])}",
@@ -82,14 +82,16 @@ def _require_place(panel: Panel, ax: object, width: object) -> None:
         )
     number = isinstance(width, (int, float)) and not isinstance(width, bool) and 0 < width < 100
     if (ax is not None and width is not None) or (ax is None and not number):
-        raise bad(
+        raise InvalidInput(
             "a figure cannot have this size",
             words,
             "ax=, or a width in inches above 0 and below 100",
             "Axes have the size that their figure gives them.",
         )
     if ax is not None and not hasattr(ax, "get_position"):
-        raise bad("this is no place to draw", words, "a matplotlib Axes", "plt.subplots() has one.")
+        raise InvalidInput(
+            "this is no place to draw", words, "a matplotlib Axes", "plt.subplots() has one."
+        )
 
 
 def _listed(panels: Sequence[Panel]) -> str:
@@ -113,4 +115,4 @@ def _one_sheet(panel: Panel, wanted: object) -> Panel:
 def _place(kind: str, wanted: object, count: int, expected: str, remedy: str) -> int:
     if isinstance(wanted, int) and not isinstance(wanted, bool) and -count <= wanted < count:
         return wanted % count
-    raise bad(f"there is no such {kind}", repr(wanted), expected, remedy)
+    raise InvalidInput(f"there is no such {kind}", repr(wanted), expected, remedy)

@@ -19,7 +19,7 @@ from matplotlib.path import Path as Drawn
 from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
 
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting import colors, graph, matplotlib_tables
 from tl_contextmix.plotting.display_text import cells, largest, number
 from tl_contextmix.plotting.matplotlib_fonts import SIZE, Lettering
@@ -101,7 +101,7 @@ def _several(
     heights = [max(sizes[place][1] for place in row) for row in rows]
     whole = max(sum(sizes[place][0] for place in row) for row in rows)
     if sum(heights) > _LONGEST:
-        raise bad(
+        raise InvalidInput(
             "a figure of all panels would be too long",
             f"{sum(heights):.0f} inches for {len(panels)} panels",
             f"at most {_LONGEST} inches, the longest page of a PDF",

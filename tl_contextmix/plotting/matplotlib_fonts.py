@@ -19,7 +19,7 @@ from matplotlib.font_manager import (
 )
 from matplotlib.textpath import text_to_path
 
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.display_text import LABEL_LENGTH, code_of, shorten, visible
 
 # Comes with matplotlib, so that a figure looks the same everywhere.
@@ -72,7 +72,7 @@ def _characters(family: str) -> frozenset[int]:
     try:
         path = findfont(FontProperties(family=family), fallback_to_default=False)
     except ValueError as error:
-        raise bad(
+        raise InvalidInput(
             "the figure cannot be drawn in this font",
             repr(family),
             "the name of an installed font",

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting import (
     circuitsvis_source,
     colors,
@@ -222,7 +222,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise bad(
+        raise InvalidInput(
             "the page cannot be written",
             f"{str(path)!r} ({getattr(error, 'strerror', None) or error})",
             "the name of a file in a folder that exists",

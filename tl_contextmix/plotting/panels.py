@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.survey import Survey, survey
 
 
@@ -355,7 +355,7 @@ class Graph(Panel):
 
 def _require(condition: bool, title: str, seen: object, expected: object) -> None:
     if not condition:
-        raise bad(
+        raise InvalidInput(
             f"panel {title!r} cannot be built",
             seen,
             f"{expected}",

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tl_contextmix.adapters.inputs import Ids, Labels
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.adapters.questions import Answer, Target
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 from tl_contextmix.evaluation import MinimalPair, load_minimal_pairs
 from tl_contextmix.methods.memories import Triggers, load_triggers
 from tl_contextmix.plotting import Page, require_writable
@@ -98,7 +98,7 @@ def report(
     """
     if isinstance(model, Result) or (isinstance(model, Sequence) and not isinstance(model, str)):
         # What it took before: results, and the name of a file.
-        raise bad(
+        raise InvalidInput(
             "report explains what a model says to a text",
             f"a {type(model).__name__} in the place of the model",
             "a model and a text",

@@ -11,7 +11,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.engine.citations import sources
-from tl_contextmix.errors import ContextMixError, bad
+from tl_contextmix.errors import ContextMixError, InvalidInput
 from tl_contextmix.evaluation import (
     MinimalPair,
     Sentence,
@@ -76,7 +76,9 @@ def compared_page(
         contrast: Likewise.
     """
     if count is not None and count < 1:
-        raise bad("cannot compare methods", count, "at least 1 sentence", "Use 50 or more.")
+        raise InvalidInput(
+            "cannot compare methods", count, "at least 1 sentence", "Use 50 or more."
+        )
     named = isinstance(model_or_name, (str, Path))
     model = load_model(model_or_name) if named else model_or_name
     view = as_view(model)
@@ -187,7 +189,7 @@ def _listed(name: str, pairs: str | Path | None, count: int | None) -> tuple[Min
         return load_minimal_pairs(pairs)[:count]
     if name in DEMO_NAMES:
         return demo_pairs(count=count or COMPARED)
-    raise bad(
+    raise InvalidInput(
         "cannot compare methods without sentences",
         f"{name}, which is not a demo model, and no minimal pairs",
         "a file of minimal pairs, one JSON object per line",

@@ -10,7 +10,7 @@ import torch
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.lit_wrapper import lit_wrapper
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.errors import bad, did_you_mean
+from tl_contextmix.errors import InvalidInput, did_you_mean
 from tl_contextmix.results.headings import as_heading, in_plain_words
 
 _MAPS = ("attention_norms", "value_zeroing")
@@ -50,7 +50,7 @@ def lit_model(
     for names, allowed in ((maps, draw), (salience, explain)):
         for name in names:
             if name not in allowed:
-                raise bad(
+                raise InvalidInput(
                     "LIT cannot show this method here",
                     repr(name),
                     f"one of {', '.join(allowed)}",

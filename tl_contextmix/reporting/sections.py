@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting import Section
 from tl_contextmix.plotting.panels import Table
 from tl_contextmix.reporting.answer_section import answer
@@ -56,7 +56,7 @@ def chosen(names: Sequence[SectionName] | None) -> tuple[SectionName, ...]:
     listed = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in listed if name not in get_args(SectionName)]
     if unknown or not listed:
-        raise bad(
+        raise InvalidInput(
             "the report has no such section",
             ", ".join(map(repr, unknown)) or "an empty list",
             f"some of {', '.join(SECTIONS)}",
@@ -102,7 +102,7 @@ def with_missing(
 def result_section(result: object) -> Section:
     """Returns what a result of a method shows, and how it was made."""
     if not isinstance(result, Result):
-        raise bad(
+        raise InvalidInput(
             "cannot write this to a page",
             f"a {type(result).__name__}",
             "results of this package's methods",

@@ -16,11 +16,7 @@ from tl_contextmix.adapters.questions import Answer, ask
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.demo_models import DEMO_NAMES, known_words
 from tl_contextmix.engine.parts import POINTS, Point
-from tl_contextmix.errors import (
-    ContextMixError,
-    bad,
-    warn,
-)
+from tl_contextmix.errors import ContextMixError, InvalidInput, warn
 from tl_contextmix.evaluation import MinimalPair
 from tl_contextmix.methods.memories import Triggers
 from tl_contextmix.methods.norms import attention_norms
@@ -127,7 +123,7 @@ def read(
     view = name_tokens(as_view(model), labels)
     asked = as_tensor(text)
     if not isinstance(asked, str) and not (isinstance(asked, Tensor) and asked.squeeze().ndim < 2):
-        raise bad(
+        raise InvalidInput(
             "cannot report on this text",
             f"a {type(text).__name__}",
             "one sentence as a str, or its token ids",
@@ -153,7 +149,7 @@ def _asked(forward_pass: Pass, answer: Answer) -> int:
     """Returns the position of the one prediction that is asked about."""
     question = ask(forward_pass.view, forward_pass.trace.batch, answer)
     if len(question.rows) != 1:
-        raise bad(
+        raise InvalidInput(
             "a report is on one prediction",
             f"{len(question.rows)} predictions",
             "one position, and a target of one token or a set of alternatives",

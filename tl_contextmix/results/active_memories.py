@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix.core.validation import require_number
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, positions
@@ -160,7 +160,7 @@ class Memories(LabelledArray):
         row, place, label = self._place(pos, batch)
         frame = self._longest(k, layer, row, place)
         if frame["promotes"].isna().any():
-            raise bad(
+            raise InvalidInput(
                 "it was not read what these memories promote",
                 f"k={k} at position {label}",
                 "positions, and as many memories, as ff_memories was asked about",
@@ -179,7 +179,7 @@ class Memories(LabelledArray):
         numbers = [self.tokens.labels()[place] for place in real]
         wanted = labels[_one("pos", pos, labels)]
         if wanted not in numbers:
-            raise bad(
+            raise InvalidInput(
                 "there are no memories at padding",
                 f"pos={pos} of row {row}",
                 f"one of {numbers}",
@@ -253,7 +253,7 @@ def _one(axis: str, wanted: object, labels: Sequence[int]) -> int:
     """Returns the one place that is asked for."""
     found = [] if wanted is None else positions(axis, wanted, labels)
     if len(found) != 1:
-        raise bad(
+        raise InvalidInput(
             f"one place on the {axis} axis is asked for",
             repr(wanted)[:200],
             f"an integer from {-len(labels)} to {len(labels) - 1}",

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from tl_contextmix.core.graph_pruning import influence
 from tl_contextmix.core.validation import require_choice
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.display_text import visible
 from tl_contextmix.plotting.panels import Dot, Graph, Panel, Place, Table
 from tl_contextmix.results import storage
@@ -189,7 +189,7 @@ class AttributionGraph(Result):
         options, run = self.provenance.options, mined.manifest["run"]
         own = self.provenance.fingerprint, options.get("dictionary", [])
         if own != (run["weights"], run.get("dictionaries", [])):
-            raise bad(
+            raise InvalidInput(
                 "these triggers are those of other neurons",
                 f"triggers of {run['model']}, {run.get('dictionaries', [])}",
                 f"of {self.provenance.model}, {own[1]}",
@@ -227,7 +227,7 @@ class AttributionGraph(Result):
             at = (kind, one.layer, one.head, one.target)
             same = one.provenance.fingerprint == self.provenance.fingerprint
             if not same or side is None or not one.tokens.ids.equal(side.ids) or at not in nodes:
-                raise bad(
+                raise InvalidInput(
                     "this score is of no node of the graph",
                     f"{one.asked()} of {one.provenance.model}",
                     "a head at a position that is a node, in the same model and text",
@@ -303,7 +303,7 @@ class AttributionGraph(Result):
             InvalidInput: If the model has two stacks: the format has one row of tokens.
         """
         if self.encoder is not None:
-            raise bad(
+            raise InvalidInput(
                 "the graph cannot be written in circuit-tracer's format",
                 "a graph of an encoder and a decoder",
                 "one stack",

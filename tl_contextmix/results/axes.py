@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 
 from tl_contextmix.core.validation import whole_number
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 
 _LISTED = 40
 
@@ -75,7 +75,7 @@ def _absent(axis: str, seen: object, expected: str) -> InvalidInput:
     remedy = "Leave the argument out for the whole axis."
     if axis == "layer":
         remedy = "Layers keep the model's numbers, also in a part of a result."
-    return bad(f"cannot select from the {axis} axis", repr(seen), expected, remedy)
+    return InvalidInput(f"cannot select from the {axis} axis", repr(seen), expected, remedy)
 
 
 def largest(values: torch.Tensor, k: int) -> Int[torch.Tensor, " found"]:

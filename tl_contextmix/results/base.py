@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 
 from tl_contextmix.core.validation import require_choice, require_shape
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.components import Components
@@ -136,7 +136,7 @@ class Result(Shown):
         lowest = values.new_zeros(()) if signed else values.amin()
         # A NaN hides what is below zero; the comparison costs memory and is left for that case.
         if bool(lowest < 0) or (bool(lowest.isnan()) and bool((values < 0).any())):
-            raise bad(
+            raise InvalidInput(
                 f"{name} are not {field}",
                 "numbers below 0" if bool(lowest.isnan()) else f"{float(lowest):.3g}",
                 "numbers from 0",
@@ -156,7 +156,7 @@ class Result(Shown):
         right = (sizes == 0) | real.to(sizes.device)
         if not bool(right.all()):
             row = int(right.flatten(1).all(dim=1).int().argmin())
-            raise bad(
+            raise InvalidInput(
                 f"{name} are not zero at padding",
                 f"{field} of tokens that the mask of sentence {row} leaves out",
                 "0 wherever a token is padding",

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.core.validation import require_number
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Heatmap, Table
 from tl_contextmix.results.axes import as_array, largest
 from tl_contextmix.results.base import tensor_axes
@@ -98,7 +98,7 @@ class ComponentSet(LabelledArray):
 
         names = [*range(len(self.scores))] if categories is None else [*categories]
         if len(names) != len(self.scores):
-            raise bad(
+            raise InvalidInput(
                 "categories do not fit the predictions",
                 f"{len(names)} categories of {len(self.scores)} predictions",
                 "one for each",

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int, Num
 
 from tl_contextmix.core.validation import require_shape
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import storage
 
 _WRITERS = ("attn", "cross_attn", "mlp")
@@ -83,7 +83,7 @@ class Components:
         for name, column in vars(self).items():
             require_shape(f"Components.{name}", tuple(column.shape), tuple(self.kind.shape))
         if self.kind.numel() and not 0 <= int(self.kind.min()) <= int(self.kind.max()) < len(KINDS):
-            raise bad(
+            raise InvalidInput(
                 "these are no components",
                 f"kinds from {int(self.kind.min())} to {int(self.kind.max())}",
                 f"0 to {len(KINDS) - 1}, places in {KINDS}",

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from tl_contextmix.core.rollout import roll_out
 from tl_contextmix.core.validation import require_choice
 from tl_contextmix.core.words import Spans, Times, frames_of, merge, require_spans
-from tl_contextmix.errors import bad, warn
+from tl_contextmix.errors import InvalidInput, warn
 from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.headings import as_heading, in_plain_words
@@ -217,7 +217,7 @@ class ContextMap(LabelledArray):
     def require_unsigned(self, operation: str) -> None:
         """Raises InvalidInput if scores have a sign, which the operation has no use for."""
         if self.signed:
-            raise bad(
+            raise InvalidInput(
                 f"{operation} needs a map of scores from 0",
                 f"a {self.unit}, whose scores have a sign",
                 "the map of one method",
@@ -597,7 +597,7 @@ def _places(have: Tokens, wanted: Tokens, *, sides: bool = False) -> torch.Tenso
         theirs, mine = (torch.tensor([n == "encoder" for n in t.names()]) for t in (wanted, have))
         same &= theirs[:, None] == mine
     if not bool((same.any(dim=2) | ~wanted.mask.cpu()).all()):
-        raise bad(
+        raise InvalidInput(
             "the map lacks some of these positions",
             f"positions {have.positions().tolist()[0]} of {have.sides}",
             f"those of {wanted.sides}: {wanted.positions().tolist()[0]}",
@@ -675,4 +675,4 @@ def _require_tokens(map: ContextMap, encoder: ContextMap | None) -> None:
 
 
 def _refuse(seen: str, expected: str, remedy: str) -> NoReturn:
-    raise bad("this map cannot be rolled out", seen, expected, remedy)
+    raise InvalidInput("this map cannot be rolled out", seen, expected, remedy)

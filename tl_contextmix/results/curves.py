@@ -11,7 +11,7 @@ import torch
 from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.core.text_metrics import Figure
 from tl_contextmix.core.validation import as_list
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Curves, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.headings import known_in_words
@@ -84,7 +84,7 @@ class LayerCurves(RowTable):
         result = tuple(p for p in self.points if (p.metric, p.category) == (metric, category))
         if not result:
             known = list(dict.fromkeys((p.metric, p.category) for p in self.points))
-            raise bad(
+            raise InvalidInput(
                 "there is no such curve",
                 repr((metric, category)),
                 f"one of {known}",
@@ -142,7 +142,7 @@ def as_texts(given: Any, name: str) -> tuple[str, ...]:
     listed = [listed] if isinstance(listed, str) else listed
     if isinstance(listed, Sequence) and all(isinstance(one, str) for one in listed):
         return tuple(listed)
-    raise bad(
+    raise InvalidInput(
         f"{name} cannot be read",
         repr(given),
         "a list with one text per input",
@@ -156,7 +156,7 @@ def category_groups(categories: object, count: int) -> dict[str, list[int]]:
         return {EVERY: list(range(count))}
     names = as_texts(categories, "categories")
     if isinstance(categories, str) or len(names) != count:
-        raise bad(
+        raise InvalidInput(
             "categories do not fit the inputs",
             repr(categories) if isinstance(categories, str) else f"{len(names)} categories",
             f"a list of {count}, one per input",
@@ -172,7 +172,7 @@ def category_groups(categories: object, count: int) -> dict[str, list[int]]:
 def require_no_whole(names: Iterable[str]) -> None:
     """Raises InvalidInput if a category has the name that stands for all of them together."""
     if EVERY in names:
-        raise bad(
+        raise InvalidInput(
             "a category cannot be told from all inputs together",
             "'all'",
             "names other than 'all'",

@@ -20,7 +20,7 @@ from tl_contextmix.core.text_metrics import (
     metric_items,
     words,
 )
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results import storage
 from tl_contextmix.results.curves import LayerCurves, as_texts, category_groups, curve_point
@@ -125,7 +125,7 @@ class LayerwiseDecoding(LabelledArray):
         if not self._complete:
             raise _no_final_output()
         if self.layers != tuple(range(self.layers[0], self.depth + 1)):
-            raise bad(
+            raise InvalidInput(
                 "it is not known from which layer on the output stays the same",
                 f"layers {list(self.layers)}",
                 f"every layer from the first of them to {self.depth}",
@@ -278,7 +278,7 @@ class LayerwiseDecoding(LabelledArray):
         if result is None and not needed:
             return None
         if result is None or len(result) != len(self.inputs) or not all(map(words, result)):
-            raise bad(
+            raise InvalidInput(
                 "the outputs cannot be compared with a reference",
                 "none" if result is None else f"{len(result)} references: {list(result)[:3]}",
                 f"{len(self.inputs)} references, one per input, each with a word in it",
@@ -298,7 +298,7 @@ def require_measurable(
     result = make_metrics(metrics)
     lacking = [one.name for one in result if one.referenced and not referenced]
     if lacking:
-        raise bad(
+        raise InvalidInput(
             "this metric compares with a right answer",
             f"{', '.join(lacking)} without references",
             "one reference per input",
@@ -310,7 +310,7 @@ def require_measurable(
 
 
 def _no_final_output() -> InvalidInput:
-    return bad(
+    return InvalidInput(
         "the outputs cannot be compared with the final one",
         "layers without the last one",
         "the last encoder layer among them",

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 
 from tl_contextmix.core.validation import require_number
-from tl_contextmix.errors import ContextMixError, InvalidInput, bad, warn
+from tl_contextmix.errors import ContextMixError, InvalidInput, warn
 from tl_contextmix.results.axes import as_array, largest, positions
 from tl_contextmix.results.base import Result, axes_of, tensor_axes
 from tl_contextmix.results.components import Components
@@ -138,7 +138,7 @@ class LabelledArray(Result):
         """
         for axis in where:
             if axis not in self.axes:
-                raise bad(
+                raise InvalidInput(
                     f"this {type(self).__name__} has no such axis",
                     repr(axis),
                     f"one of {list(self.axes)}",
@@ -355,7 +355,7 @@ def minus(a: Provenance, b: Provenance) -> Provenance:
 
 def unlike(what: str, seen: object, expected: object) -> InvalidInput:
     """Returns the error of results whose difference means nothing."""
-    return bad(
+    return InvalidInput(
         "these results cannot be subtracted",
         f"{what}: {str(seen)[:300]}",
         f"as in the first, {str(expected)[:300]}",

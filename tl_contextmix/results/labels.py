@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from tl_contextmix.core.pieces import join_pieces
 from tl_contextmix.core.validation import require_choice, require_shape
 from tl_contextmix.core.words import Spans, find_sentences, find_text, find_words, require_spans
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import positions
 
@@ -179,7 +179,7 @@ class Tokens:
         if any(other != places for other in rows.values()):
             labels = self.labels()
             seen = [f"{[labels[i] for i in rows[row]]} of row {row}" for row in batch]
-            raise bad(
+            raise InvalidInput(
                 f"cannot select from the {axis} axis",
                 f"{token!r}, at {' and '.join(seen[:4])}",
                 "a token at the same positions of every row",
@@ -192,7 +192,7 @@ class Tokens:
         bare = [word for word in words if word.strip(" ▁Ġ#").lower() == token.strip(" ▁Ġ#").lower()]
         near = [*dict.fromkeys([*bare, *get_close_matches(token, words)])][:3]
         sides = [*dict.fromkeys(name for name, _ in self.sides)]
-        return bad(
+        return InvalidInput(
             f"cannot select from the {axis} axis",
             repr(token),
             f"one of the tokens {words[:20]}, of the sides {sides}, or positions",
@@ -321,7 +321,7 @@ class Tokens:
             found = find_text(self.strings[row][start:stop], real, one, self.spaced)
             if found:
                 return start + found[0][0], start + found[0][1]
-        raise bad(
+        raise InvalidInput(
             "there is no such text among the tokens",
             repr(one[:200]),
             f"a part of {join_pieces(self.strings[row], self.spaced)[:200]!r}",
@@ -334,7 +334,7 @@ class Tokens:
         for (at, stop), mine in zip(self._stretches(), self.by_side([spans]), strict=True):
             for first, last in (*mine[0], (stop, stop)):
                 if first < at:
-                    raise bad(
+                    raise InvalidInput(
                         "spans overlap",
                         f"({first}, {last}) after one that ends at {at}",
                         "stretches that share no token",
@@ -449,7 +449,7 @@ def package_version() -> str:
 
 
 def _unbuilt(seen: str, expected: str, remedy: str) -> InvalidInput:
-    return bad("Tokens cannot be built", seen, expected, remedy)
+    return InvalidInput("Tokens cannot be built", seen, expected, remedy)
 
 
 def asked_words(

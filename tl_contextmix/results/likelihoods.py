@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from tl_contextmix.core.text_metrics import metric_items, ratio
 from tl_contextmix.core.validation import require_choice
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Bars, Heatmap, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import positions
@@ -220,7 +220,7 @@ def _token_categories(categories: Any, target: Tokens) -> dict[str, torch.Tensor
     if len(rows) != len(real) or any(
         len(row) > length for row, length in zip(rows, lengths, strict=False)
     ):
-        raise bad(
+        raise InvalidInput(
             "categories do not fit the answers",
             f"{len(rows)} lists, of {[len(row) for row in rows][:5]} categories",
             f"{len(real)} lists, of at most {lengths[:5]}",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix.core.validation import require_choice, require_shape
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Curves, Panel, Table
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import largest
@@ -146,7 +146,7 @@ class LogProbContributions(ComponentSet):
         for row, number in enumerate(group.tolist()):
             theirs = [getattr(self.components, name) for name in ("kind", *names)]
             if not all(torch.equal(column[row], column[last[number]]) for column in theirs):
-                raise bad(
+                raise InvalidInput(
                     "contributions to several predictions cannot be added up",
                     f"other components in row {row} than in row {last[number]}",
                     "the same components in every row of a sentence",
@@ -196,7 +196,7 @@ class LogProbContributions(ComponentSet):
         nowhere = biases | where.is_empty()
         sources = bool((where.source >= 0)[~nowhere].all())
         if self.by not in ("position", "head_position") or not (sources and self._all_there()):
-            raise bad(
+            raise InvalidInput(
                 "these contributions are no map of source tokens",
                 f"by={self.by!r}, {where.shape[1]} components",
                 "all of those by='position' or by='head_position'",

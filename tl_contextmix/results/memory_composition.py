@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Bars, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array
@@ -87,7 +87,7 @@ class CompositionFigures(Result):
             return NotImplemented
         for mine, theirs in zip(self._told_apart_by(), other._told_apart_by(), strict=True):
             if mine != theirs:
-                raise bad(
+                raise InvalidInput(
                     "figures cannot be added up",
                     f"{theirs} beside {mine}",
                     "figures of the same model and layers, read in the same way",

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from tl_contextmix.core.statistics import Moments, common_tail, spearman, t_quantile
 from tl_contextmix.core.validation import require_choice, require_number
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Heatmap, Panel, Table
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, largest, positions
@@ -186,7 +186,7 @@ class Scan(LabelledArray):
         import pandas
 
         if len(self.categories) == 1:
-            raise bad(
+            raise InvalidInput(
                 "nothing can be shared by one category",
                 f"the category {self.categories[0]!r}",
                 "a scan of rows of several categories",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.core.statistics import bootstrap_interval, sign_flip_test
-from tl_contextmix.errors import bad, did_you_mean
+from tl_contextmix.errors import InvalidInput, did_you_mean
 from tl_contextmix.results import storage
 from tl_contextmix.results.row_tables import RowTable, interval
 
@@ -174,7 +174,7 @@ class ScoreTable(RowTable):
             shared = [(n, n) for n in (BEST, *one) if n == BEST or n in two]
             for layers in pairs or shared:
                 if len(layers) != 2:
-                    raise bad(
+                    raise InvalidInput(
                         "these are not the layers of two methods",
                         repr(layer),
                         "one layer, or two",
@@ -195,7 +195,7 @@ class ScoreTable(RowTable):
         """Returns the figures of each sentence, by layer."""
         rows = [row for row in self.rows if (row.method, row.metric) == (method, metric)]
         if not rows:
-            raise bad(
+            raise InvalidInput(
                 "there are no figures of this method",
                 repr(method),
                 f"one of {list(self.methods)}",
@@ -204,7 +204,7 @@ class ScoreTable(RowTable):
         result = {row.layer: torch.tensor(row.values, dtype=torch.float64) for row in rows}
         if len(result) < len(rows) or not all(len(values) for values in result.values()):
             several = len(result) < len(rows)
-            raise bad(
+            raise InvalidInput(
                 "figures cannot be compared sentence by sentence",
                 f"two figures of {method!r} for one layer" if several else "means alone",
                 "figures of each sentence, one for each method and layer",
@@ -223,7 +223,7 @@ class ScoreTable(RowTable):
         if metric is None:
             return self.metrics[0]
         if metric not in self.metrics:
-            raise bad(
+            raise InvalidInput(
                 "there are no figures of this metric",
                 repr(metric),
                 f"one of {list(self.metrics)}",
@@ -236,7 +236,7 @@ def _of_layer(values: dict[str, Tensor], layer: str, metric: str) -> Tensor:
     if layer in values:
         return values[layer]
     if layer != BEST:
-        raise bad(
+        raise InvalidInput(
             "there are no figures of this layer",
             repr(layer),
             f"one of {[*values]}, or {BEST!r}",
@@ -257,7 +257,7 @@ def _difference(
     method: str, other: str, metric: str, layers: Sequence[str], a: Tensor, b: Tensor
 ) -> DifferenceRow:
     if len(a) != len(b):
-        raise bad(
+        raise InvalidInput(
             "figures of different sentences cannot be paired",
             f"{len(a)} sentences of {method!r} and {len(b)} of {other!r}",
             "equally many",

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tl_contextmix.errors import FileFormatError, bad
+from tl_contextmix.errors import FileFormatError, InvalidInput
 
 FORMAT = "tl_contextmix"
 FORMAT_VERSION = 2
@@ -47,7 +47,7 @@ def storable(cls: AnyClass) -> AnyClass:
     """
     known = _CLASSES.setdefault(cls.__name__, cls)
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise bad(
+        raise InvalidInput(
             f"cannot register {cls.__module__}.{cls.__name__}",
             f"the name of {known.__module__}.{known.__name__}",
             "a name that no other storable class has",
@@ -71,7 +71,7 @@ def save(result: object, path: str | Path, *, name: str | None = None) -> Path:
     path = Path(path)
     target = Path(os.path.realpath(path))  # a link is written through, not replaced
     if target.is_dir() or not target.parent.is_dir():
-        raise bad(
+        raise InvalidInput(
             f"cannot save {type(result).__name__}",
             str(path),
             "the path of a file in a folder that exists",
@@ -193,7 +193,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {"class": type(value).__name__, "fields": fields}
     if value is None or isinstance(value, (str, int, float)):
         return value
-    raise bad(
+    raise InvalidInput(
         "the result cannot be saved",
         f"a {type(value).__name__} in it",
         "text, numbers, None, tensors, registered classes; lists, tuples and dictionaries "

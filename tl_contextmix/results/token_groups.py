@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from tl_contextmix.core.pieces import join_pieces
 from tl_contextmix.core.validation import LATER, whole_number
 from tl_contextmix.core.words import find_text, require_spans
-from tl_contextmix.errors import bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.results.labels import Tokens
 
 Group = Annotated[int | str | tuple[int, int] | Sequence[int | str | tuple[int, int]], LATER]
@@ -48,7 +48,7 @@ class TokenGroups:
             places = chosen.nonzero()[:, 0].tolist()
             end = result[-1][1] if result else 0
             if places[0] < end or places[-1] - places[0] >= len(places):
-                raise bad(
+                raise InvalidInput(
                     "these groups of tokens are not stretches one after the other",
                     f"{label!r}, at {places}" + f", after one up to {end - 1}" * bool(result),
                     "neighbouring tokens, in the order of the text",
@@ -79,7 +79,9 @@ def find_groups(option: str, tokens: Tokens, wanted: Any) -> TokenGroups:
         listed = [wanted] if single else _listed(wanted)
         names = []
     if not listed:
-        raise bad(f"{option} names no group", seen(wanted), "at least one", "Leave it out.")
+        raise InvalidInput(
+            f"{option} names no group", seen(wanted), "at least one", "Leave it out."
+        )
     members = torch.stack(
         [
             torch.stack([_members(option, tokens, row, group) for group in listed])
@@ -113,7 +115,7 @@ def _members(option: str, tokens: Tokens, row: int, group: Any) -> torch.Tensor:
         chosen = [place for span in spans for place in range(*span)]
         found[chosen] = True
         if not bool(real[chosen].any()):
-            raise bad(
+            raise InvalidInput(
                 f"{option} names tokens that are not there",
                 f"{seen(one)} in row {row}, {[*tokens.strings[row]][:20]}",
                 "a position, a stretch (start, stop) or a text of real tokens",

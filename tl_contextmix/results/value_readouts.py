@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float, Int
 
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array
@@ -73,7 +73,7 @@ class ValueReadouts(Result):
         """
         found = ((self.layer == layer) & (self.neuron == neuron)).nonzero()
         if not len(found):
-            raise bad(
+            raise InvalidInput(
                 "there is no readout of this value",
                 f"layer {layer}, neuron {neuron}",
                 f"one of the {len(self.layer)} values that were asked for",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tl_contextmix.adapters.running import lock_of
 from tl_contextmix.core.finite import require_predictions
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class MemoryDecoder:
             except ValueError as error:
                 if not named:
                     raise
-                raise bad(
+                raise InvalidInput(
                     "the decoder cannot be told this",
                     ", ".join(f"{name}={one!r}" for name, one in named.items()),
                     f"what generate() takes ({error})",

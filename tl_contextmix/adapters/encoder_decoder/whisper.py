@@ -24,7 +24,7 @@ from tl_contextmix.adapters.running import require_no_autocast, require_no_dropo
 from tl_contextmix.adapters.tokenizers import in_frame, piece_of, text_of
 from tl_contextmix.adapters.unbridged import Place, keeping
 from tl_contextmix.adapters.weight_processing import fingerprint
-from tl_contextmix.errors import InvalidInput, bad, warn
+from tl_contextmix.errors import InvalidInput, warn
 from tl_contextmix.results import Provenance
 from tl_contextmix.results.labels import package_version
 
@@ -161,7 +161,7 @@ def _speech_states(model: Any, features: Float[Tensor, "batch mel frame"]) -> li
 
 
 def _unfit(features: Tensor, expected: str) -> InvalidInput:
-    return bad(
+    return InvalidInput(
         "cannot encode the audio features",
         describe(features),
         f"features that match the model ({expected})",
@@ -172,7 +172,7 @@ def _unfit(features: Tensor, expected: str) -> InvalidInput:
 def _checked(tokenizer: Any) -> Any:
     if tokenizer is None or (callable(tokenizer) and hasattr(tokenizer, "decode")):
         return tokenizer
-    raise bad(
+    raise InvalidInput(
         "not a tokenizer",
         describe(tokenizer),
         "the model's tokenizer, or a processor that has one",
@@ -182,7 +182,7 @@ def _checked(tokenizer: Any) -> Any:
 
 def _require(tokenizer: Any) -> Any:
     if tokenizer is None:
-        raise bad(
+        raise InvalidInput(
             "cannot tokenize a text",
             "a speech model without a tokenizer",
             "tokenizer=",

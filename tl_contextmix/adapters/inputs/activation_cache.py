@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import Batch, Block, Side, Trace
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 
 # Embeddings of the same token differ by a factor (Gemma) and by rounding, 4e-3 in bfloat16; those
 # of two tokens point elsewhere. Those of neighbouring positions are alike, and no factor is theirs.
@@ -72,7 +72,7 @@ def trace_of(
         UnsupportedModel: If what it holds shows that its pass was edited.
     """
     if not isinstance(cache, Cache):
-        raise bad(
+        raise InvalidInput(
             "the cache cannot be read",
             describe(cache),
             "activations by name, as TransformerLens' caching run returns them",
@@ -88,7 +88,7 @@ def trace_of(
     reader = _Reader(view, cache, blocks[0].resid_in)
     missing = [name for name in needed if name not in reader]
     if missing:
-        raise bad(
+        raise InvalidInput(
             "the cache lacks activations that are read",
             f"{len(reader.names)} activations without {', '.join(missing)}",
             f"all {len(needed)} that are read",
@@ -163,7 +163,7 @@ def _require_masked(
         hidden = (own[:, :, None] & ~read[:, None, :]).to(pattern.device)
         most = float(pattern.masked_fill(~hidden[:, None], 0).max())
         if not most <= view.tolerance:
-            raise bad(
+            raise InvalidInput(
                 "the cache was made without this mask",
                 f"{most:.2g} of a token's attention on padding, in {attention.pattern}",
                 "none",
@@ -191,7 +191,7 @@ def _require_tokens(view: ModelView, reader: _Reader, batch: Batch) -> None:
             positions = counted.expand_as(main.ids)
         sides["position_ids"] = None if positions is None else Side(positions, main.mask)
     elif positions is not None and table:  # rotary positions leave nothing to compare
-        raise bad(
+        raise InvalidInput(
             "the positions of this cache are not known",
             f"position_ids, and a cache without {' or '.join(table)}",
             "the embeddings of positions",
@@ -225,7 +225,7 @@ def _require_tokens(view: ModelView, reader: _Reader, batch: Batch) -> None:
 
 
 def _other_input(seen: str, expected: str) -> InvalidInput:
-    return bad(
+    return InvalidInput(
         "the cache is of another input",
         seen,
         expected,

@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import bad, warn
+from tl_contextmix.errors import InvalidInput, warn
 
 
 def further_arguments(
@@ -31,7 +31,7 @@ def further_arguments(
             # Many tokenizers give them to every model.
             if name == "token_type_ids" and whole and not bool(value.any()):
                 continue
-            raise bad(
+            raise InvalidInput(
                 f"this model takes no {name}",
                 describe(value),
                 f"of each token, besides its id: {', '.join(view.takes) or 'nothing'}",
@@ -39,7 +39,7 @@ def further_arguments(
             )
         shape = main.ids.shape
         if not whole or value.shape not in (shape, shape[1:], (1, shape[1])):
-            raise bad(
+            raise InvalidInput(
                 f"the {name} do not fit the tokens",
                 describe(value),
                 f"a tensor of integers of shape {tuple(shape)}",
@@ -47,7 +47,7 @@ def further_arguments(
             )
         least, most, bound = int(value.min()), int(value.max()), view.takes[name]
         if least < 0 or (bound is not None and most >= bound):
-            raise bad(
+            raise InvalidInput(
                 f"the {name} are not all known to the model",
                 f"values from {least} to {most}",
                 "integers from 0" + ("" if bound is None else f" to {bound - 1}"),
@@ -92,7 +92,7 @@ def require_same_arguments(view: ModelView, options: Mapping[str, Any], batch: B
     if before.keys() != now.keys() or any(
         before[name] != value for name, value in now.items() if len(before[name]) == len(value)
     ):
-        raise bad(
+        raise InvalidInput(
             "the earlier result is of another input",
             f"{' and '.join(now) or 'nothing'} of the tokens besides their ids",
             f"the same {' and '.join(before)} as before" if before else "no more than before",

@@ -14,7 +14,7 @@ from tl_contextmix.adapters.verification import relative_error
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import ModelView, Padding
-from tl_contextmix.errors import InvalidInput, bad, four_parts, warn
+from tl_contextmix.errors import InvalidInput, four_parts, warn
 
 _PADS, _LENGTH = 2, 4
 _REMEDY = {
@@ -131,7 +131,7 @@ def find_target_padding(
         before = text.int().argmax(dim=1) > (1 if how.token in start else 0)
         if bool(before.any()):
             row = int(before.nonzero()[0])
-            raise bad(
+            raise InvalidInput(
                 "the decoder_input is padded before its text",
                 f"{how.token} ({view.to_string(how.token)!r}), which the tokenizer pads with, at "
                 f"the beginning of row {row}",

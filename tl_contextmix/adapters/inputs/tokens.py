@@ -27,7 +27,7 @@ from tl_contextmix.adapters.tokenizers import Labels
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import LATER, as_list, is_text, require_choice
-from tl_contextmix.errors import InvalidInput, bad, seen, warn
+from tl_contextmix.errors import InvalidInput, seen, warn
 from tl_contextmix.results import Tokens
 
 Text = str | Sequence[str]
@@ -128,7 +128,7 @@ def read_batch(view: ModelView, given: Given) -> Batch:
     if given.padding_side is not None:
         require_choice("padding side", given.padding_side, get_args(PaddingSide))
     if not (given.prepend_bos is None or isinstance(given.prepend_bos, (bool, numpy.bool_))):
-        raise bad(
+        raise InvalidInput(
             "prepend_bos cannot be read",
             seen(given.prepend_bos),
             "True, False or None",
@@ -153,7 +153,7 @@ def _heard_batch(view: ModelView, given: Given) -> Batch:
     assert view.hears is not None
     unused = replace(given, input="", decoder_input=None, language=None, labels=None)
     if unused != Given(""):
-        raise bad(
+        raise InvalidInput(
             "this has no meaning for a model of sound",
             "attention_mask, prepend_bos, padding_side, token_type_ids or position_ids",
             "none of them",
@@ -233,7 +233,7 @@ def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
         return side, segments
     mask = _mask(given.attention_mask, side.ids)
     if bool((mask & ~side.mask.to(mask.device)).any()):
-        raise bad(
+        raise InvalidInput(
             "the attention_mask does not fit the texts",
             "ones at the padding of a shorter text",
             f"zeros at the padding on the {padded}",
@@ -245,7 +245,7 @@ def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
 def _chats(view: ModelView, chats: Sequence[Chat], given: Given, padded: PaddingSide) -> Side:
     """Returns chats as their tokenizer's template puts them."""
     if given.prepend_bos is not None:
-        raise bad(
+        raise InvalidInput(
             "prepend_bos has no meaning for a chat",
             f"prepend_bos={given.prepend_bos}",
             "None",
@@ -271,7 +271,7 @@ def _pairs(view: ModelView, given: Given, padded: str) -> tuple[Side, dict[str, 
     sides = zip(*given.input, strict=True)
     firsts, seconds = (_texts(view, list(texts), "input") for texts in sides)
     if given.prepend_bos is not None:
-        raise bad(
+        raise InvalidInput(
             "prepend_bos has no meaning for pairs of texts",
             f"prepend_bos={given.prepend_bos}",
             "None",
@@ -290,7 +290,7 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
     if view.encode_decoder is None:
         for name, one in (("decoder_input", asked), ("language", language)):
             if one is not None:
-                raise bad(
+                raise InvalidInput(
                     f"{name} has no meaning for this model",
                     describe(one),
                     "None: the model has one stack",
@@ -308,7 +308,7 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
         side = _pad(view, texts, encoded, "right")
         require_ids(view, side.ids, "decoder_input")
     if side.ids.shape[0] != rows:
-        raise bad(
+        raise InvalidInput(
             "input and decoder_input do not fit each other",
             f"{rows} and {side.ids.shape[0]} rows",
             "as many decoder inputs as inputs",
@@ -320,7 +320,7 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
 def _texts(view: ModelView, given: object, name: str) -> list[str]:
     texts: Any = [given] if isinstance(given, str) else given
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise bad(
+        raise InvalidInput(
             f"the {name} cannot be read",
             _describe_items(texts),
             "a str, a list of str or of pairs of them, token ids [batch, pos], or what a "
@@ -328,21 +328,21 @@ def _texts(view: ModelView, given: object, name: str) -> list[str]:
             "Give rows of ids one length.",
         )
     if not all(map(is_text, texts)):
-        raise bad(
+        raise InvalidInput(
             f"the {name} cannot be read",
             seen(given),
             "characters that a text can have",
             "Leave out halves of surrogate pairs.",
         )
     if not texts or not all(texts):
-        raise bad(
+        raise InvalidInput(
             f"the {name} is empty",
             repr(given),
             "at least one character in every text",
             "Leave empty texts out.",
         )
     if len(texts) > 1 and view.reads_text() and _are_pieces(view, texts):
-        raise bad(
+        raise InvalidInput(
             f"the {name} is the tokens of one text, not a list of texts",
             f"{len(texts)} strings that are one token each, such as to_str_tokens returns: "
             f"{list(texts[:4])}{', ...' if len(texts) > 4 else ''}",
@@ -403,7 +403,7 @@ def require_ids(view: ModelView, ids: Tensor, name: str) -> Tensor:
 
 
 def _bad_tokens(name: str, seen: str, expected: str, remedy: str) -> InvalidInput:
-    return bad(f"the {name} cannot be run", seen, expected, remedy)
+    return InvalidInput(f"the {name} cannot be run", seen, expected, remedy)
 
 
 def _mask(mask: object, ids: Tensor) -> Tensor:
@@ -411,7 +411,7 @@ def _mask(mask: object, ids: Tensor) -> Tensor:
     real = found.to(ids.device).bool()
     if not bool(real.any(dim=1).all()):
         row = int((~real.any(dim=1)).nonzero()[0])
-        raise bad(
+        raise InvalidInput(
             "the attention_mask leaves nothing",
             f"row {row} of zeros",
             "at least one real token in every row",
@@ -430,7 +430,7 @@ def _mask_values(mask: object, ids: Tensor) -> Tensor:
             if strange.numel() == 0:
                 return mask
             seen += f" with the value {strange[0].item()}"
-    raise bad(
+    raise InvalidInput(
         "the attention_mask does not fit the tokens",
         seen,
         f"a tensor of zeros and ones of shape {tuple(ids.shape)}",
@@ -451,7 +451,7 @@ def pad_rows(rows: Sequence[Sequence[int]], pad: int, side: str = "right") -> Si
 def _pad(view: ModelView, texts: Sequence[str | None], rows: list[list[int]], side: str) -> Side:
     for text, row in zip(texts, rows, strict=True):
         if not row:
-            raise bad(
+            raise InvalidInput(
                 "a text has no tokens",
                 repr(text),
                 "at least one token in every text",

@@ -41,7 +41,7 @@ from tl_contextmix.adapters.loading.source import (
 )
 from tl_contextmix.core.validation import FilePath
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, require_demo_name
-from tl_contextmix.errors import bad, warn
+from tl_contextmix.errors import InvalidInput, warn
 
 __all__ = ["HostClass", "load_demo", "load_model"]
 
@@ -124,7 +124,7 @@ def load_model(
     if isinstance(name_or_path, torch.nn.Module):
         return _load(held_source(_merged(name_or_path), tokenizer), device, dtype, host)
     if tokenizer is not None:
-        raise bad(
+        raise InvalidInput(
             "a tokenizer is of no use here",
             f"a {type(tokenizer).__name__} for {str(name_or_path)!r}",
             "a tokenizer with a model in memory",
@@ -189,7 +189,7 @@ def _device(named: str | torch.device) -> torch.device:
     try:
         return torch.device(named)
     except RuntimeError as error:
-        raise bad(
+        raise InvalidInput(
             "unknown device",
             repr(named),
             "a PyTorch device such as 'cpu' or 'cuda:0'",

@@ -14,7 +14,7 @@ from tl_contextmix.adapters.loading.classifiers import OF_TEXTS, OF_TOKENS, clas
 from tl_contextmix.adapters.recognition import major, require_no_images
 from tl_contextmix.adapters.refusals import QUANTIZED, quantized_in
 from tl_contextmix.demo_models import DEMO_NAMES
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad
+from tl_contextmix.errors import InvalidInput, UnsupportedModel
 
 HostClass = Literal["hooked", "bridge"]
 Kind = Literal["causal", "masked", "encoder-decoder"]
@@ -158,7 +158,7 @@ def held_source(model: Any, tokenizer: Any) -> Source:
         raise QUANTIZED.error(packed)
     location = str(getattr(config, "_name_or_path", "") or "")
     if tokenizer is None and not location:
-        raise bad(
+        raise InvalidInput(
             "the model has no tokenizer",
             f"a {type(model).__name__} without the name that it was loaded by",
             "its tokenizer",
@@ -185,13 +185,13 @@ def not_found(label: str, location: str, folder: bool, error: Exception) -> Inva
     """Returns the error for a name or folder without a complete model."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if folder:
-        return bad(
+        return InvalidInput(
             "cannot load a model from the folder",
             f"{location!r} ({reason})",
             "a folder with config.json, weights and tokenizer",
             "Write the model and its tokenizer to the folder with save_pretrained.",
         )
-    return bad(
+    return InvalidInput(
         "cannot load the model",
         f"{label!r}, which is not a folder and not available from the hub ({reason})",
         f"a demo model ({', '.join(DEMO_NAMES)}), a local folder, or a hub name",
@@ -223,7 +223,7 @@ def _kind(config: Any, label: str) -> Kind:
 def choose_host(source: Source, host: HostClass | None) -> HostClass:
     """Returns the class to use; raises UnsupportedModel if none runs the model correctly."""
     if host is not None and host not in get_args(HostClass):
-        raise bad(
+        raise InvalidInput(
             "unknown TransformerLens class",
             f"host={host!r}",
             "'hooked', 'bridge' or None",

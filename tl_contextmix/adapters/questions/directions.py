@@ -19,7 +19,7 @@ from tl_contextmix.core.model_view import ModelView, Readout, select_blocks
 from tl_contextmix.core.residual_stream import Stop
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.core.validation import require_choice, whole_number
-from tl_contextmix.errors import InvalidInput, bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.results import Tokens
 
 StreamPoint = Literal["resid_pre", "attn_in", "resid_mid", "mlp_in", "resid_post", "block_out"]
@@ -65,7 +65,7 @@ class Direction:
     def __post_init__(self) -> None:
         key = self.vector is None
         if key == (self.neuron is None) or (key and self.at not in (None, "mlp_in")):
-            raise bad(
+            raise InvalidInput(
                 "it is not clear which direction is meant",
                 f"neuron={seen(self.neuron)}, at={self.at!r}, vector={seen(self.vector)}",
                 "a vector, or a neuron at 'mlp_in'",
@@ -79,7 +79,7 @@ class Direction:
             number = whole_number(getattr(self, name))
             if number is None and getattr(self, name) is not None:
                 shown = seen(getattr(self, name))
-                raise bad(f"this is no {name}", shown, "an integer", "Pass its number.")
+                raise InvalidInput(f"this is no {name}", shown, "an integer", "Pass its number.")
             object.__setattr__(self, name, number)
 
 
@@ -88,7 +88,7 @@ def _numbers(vector: Any) -> Tensor:
         result = torch.as_tensor(vector).detach().clone()
         if result.ndim == 1 and result.is_floating_point() and bool(result.isfinite().all()):
             return result
-    raise bad(
+    raise InvalidInput(
         "this is no direction",
         seen(vector),
         "finite real numbers [d_model]",
@@ -161,4 +161,6 @@ def _place(block: Block, at: StreamPoint | None) -> tuple[Stop, Norm | None]:
 
 
 def _not_there(what: str, expected: str) -> InvalidInput:
-    return bad("the model has no such direction", what, expected, "Ask for one that it has.")
+    return InvalidInput(
+        "the model has no such direction", what, expected, "Ask for one that it has."
+    )

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import (
     AttributionGraph,
     LogProbContributions,
@@ -58,7 +58,7 @@ def _require_same(
         known = int(sentence.max()) + 1 == len(side.ids)
         same = known and torch.equal(tokens.ids.cpu(), side.ids.cpu()[sentence])
         if not same or not torch.equal(tokens.mask.cpu(), side.mask.cpu()[sentence]):
-            raise bad(
+            raise InvalidInput(
                 "the chosen components belong to another input",
                 f"components found in {tokens.strings[0]}",
                 f"components found in the tokens {side.ids.tolist()}, padding included",

@@ -10,7 +10,7 @@ from tl_contextmix.adapters.questions.targets import items
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import whole_number
-from tl_contextmix.errors import InvalidInput, bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 
 
 def predicting_rows(view: ModelView, batch: Batch, stack: str, pos: object) -> list[list[int]]:
@@ -26,7 +26,7 @@ def predicting_rows(view: ModelView, batch: Batch, stack: str, pos: object) -> l
     side = batch.side(stack)
     pos = view.answers_at if pos is None else pos
     if pos is None and view.classes:
-        raise bad(
+        raise InvalidInput(
             "it is not clear which token's class is meant",
             "no position",
             "the position of one token, several, or 'all'",
@@ -37,7 +37,7 @@ def predicting_rows(view: ModelView, batch: Batch, stack: str, pos: object) -> l
         counts = [len(some) for some in result]
         if any(count != 1 for count in counts):
             row = next(row for row, count in enumerate(counts) if count != 1)
-            raise bad(
+            raise InvalidInput(
                 "it is not clear which word the model is asked for",
                 f"{counts[row]} masks in sentence {row}",
                 "one mask in every sentence",
@@ -78,7 +78,7 @@ def rows_at(pos: object, mask: Tensor) -> Int[Tensor, " batch"]:
     real = (rows >= 0) & mask.gather(1, rows.clamp(min=0)[:, None])[:, 0]
     if not bool(real.all()):
         row = int((~real).nonzero()[0])
-        raise bad(
+        raise InvalidInput(
             "nothing is predicted at this position",
             f"{number}, padding in sentence {row}",
             "a position of a real token in every sentence",
@@ -88,7 +88,7 @@ def rows_at(pos: object, mask: Tensor) -> Int[Tensor, " batch"]:
 
 
 def _no_position(pos: object, length: int) -> InvalidInput:
-    return bad(
+    return InvalidInput(
         "there is no such position",
         seen(pos),
         f"an integer from {-length} to {length - 1}, several, or 'all'",

@@ -16,7 +16,7 @@ from tl_contextmix.adapters.questions.positions import predicting_rows
 from tl_contextmix.adapters.questions.question import Question, ask
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import ModelView, StackName
-from tl_contextmix.errors import bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.results import ContextMap, Tokens
 from tl_contextmix.results.predicted_rows import PredictedRows, split_at
 
@@ -77,7 +77,7 @@ def read_rows(
             predicts nothing.
     """
     if answer.foil is not None:
-        raise bad(
+        raise InvalidInput(
             "this map is the same whatever the foil",
             f"foil={seen(answer.foil)}",
             "target=, pos= or generate=, which say which rows are wanted",
@@ -89,7 +89,7 @@ def read_rows(
         rows = predicting_rows(view, batch, base, answer.pos)
         return batch, partial(_at_positions, rows=rows, pos=answer.pos)
     if base != view.base_stack(None):
-        raise bad(
+        raise InvalidInput(
             "this stack predicts no tokens",
             f"stack={base!r} with {'target' if answer.generate is None else 'generate'}=",
             "stack='decoder' or 'cross'",

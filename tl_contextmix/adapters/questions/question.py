@@ -33,7 +33,7 @@ from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import whole_number
-from tl_contextmix.errors import bad, seen
+from tl_contextmix.errors import InvalidInput, seen
 from tl_contextmix.results import AttributionGraph, LogProbContributions
 
 
@@ -157,7 +157,7 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
         return _again(view, batch, stack, found)
     count = batch.main.ids.shape[0]
     if found is not None and len(found.pos) != count:
-        raise bad(
+        raise InvalidInput(
             "these components were found for other predictions",
             f"{len(found.pos)} predictions in {count} texts",
             "the same predictions",
@@ -175,7 +175,7 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
     if earlier[1] is not None and foil is None and answer.target is None:
         foil = [(ids,) for ids in earlier[1]]
     if foil is not None and target is None:
-        raise bad(
+        raise InvalidInput(
             "a foil needs a target",
             f"foil={seen(answer.foil)} and no target",
             "both",
@@ -227,7 +227,7 @@ def _generated(view: ModelView, batch: Batch, stack: str, answer: Answer) -> Ans
     """Returns the question after what the model itself says next."""
     count = whole_number(answer.generate)
     if count is None or count < 1:
-        raise bad(
+        raise InvalidInput(
             "generate= is how many tokens the model may say",
             seen(answer.generate),
             "an integer from 1",
@@ -235,7 +235,7 @@ def _generated(view: ModelView, batch: Batch, stack: str, answer: Answer) -> Ans
         )
     if answer.target is not None or answer.pos is not None or stack == "encoder":
         what = "target= or pos=" if stack == "decoder" else "a masked language model"
-        raise bad(
+        raise InvalidInput(
             "what a model generates is a target of its own",
             f"generate={count} with {what}",
             "a causal model or an encoder-decoder, and neither target= nor pos=",
@@ -243,7 +243,7 @@ def _generated(view: ModelView, batch: Batch, stack: str, answer: Answer) -> Ans
         )
     longest = int(batch.side(stack).mask.sum(dim=1).max()) + count
     if view.n_ctx is not None and longest > view.n_ctx:
-        raise bad(
+        raise InvalidInput(
             "the text and what is to be generated are too long",
             f"{longest} tokens",
             f"at most {view.n_ctx}, the longest input of this model",
@@ -258,7 +258,7 @@ def _rows_of_answers(
 ) -> tuple[Batch, list[list[int]]]:
     """Returns texts with their answers of several tokens, and where each token is predicted."""
     if answer.pos is not None:
-        raise bad(
+        raise InvalidInput(
             "an answer of several tokens has its own positions",
             f"pos={seen(answer.pos)} and an answer of {max(map(len, target))} tokens",
             "no pos",
@@ -269,7 +269,7 @@ def _rows_of_answers(
         rows = masks(view, batch.side(stack))
         for number, (some, length) in enumerate(zip(rows, lengths, strict=True)):
             if len(some) != length:
-                raise bad(
+                raise InvalidInput(
                     "the answer does not fit the masks",
                     f"{length} tokens for {len(some)} masks in sentence {number}",
                     "one mask for each token of the answer",
@@ -277,7 +277,7 @@ def _rows_of_answers(
                 )
         return batch, rows
     if batch.decoder is None and batch.further:
-        raise bad(
+        raise InvalidInput(
             "an answer of several tokens cannot follow this text",
             f"{' and '.join(batch.further)} of the text alone",
             "a text and its mask",

@@ -12,7 +12,7 @@ from tl_contextmix.adapters.chats import LastMessage
 from tl_contextmix.adapters.questions.directions import Direction
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import is_text, whole_number
-from tl_contextmix.errors import InvalidInput, bad, seen, warn
+from tl_contextmix.errors import InvalidInput, seen, warn
 
 # Below this ratio of probabilities, whether a word was meant with its space is a matter of taste.
 _MUCH = 10.0
@@ -52,7 +52,7 @@ def one_each(asked: object, count: int, name: str) -> list[Any]:
     if listed is None:
         return [asked] * count
     if len(listed) != count:
-        raise bad(
+        raise InvalidInput(
             f"there is not one {name} for each text",
             seen(asked),
             f"one for all, or a list of {count}",
@@ -99,7 +99,7 @@ def _pieces(view: ModelView, text: str, name: str) -> list[int]:
         return _class_called(view, text, name)
     result = view.pieces(text) if is_text(text) else []
     if not result and view.labelled:
-        raise bad(
+        raise InvalidInput(
             "no label is called that",
             repr(text),
             "one of the labels",
@@ -110,7 +110,7 @@ def _pieces(view: ModelView, text: str, name: str) -> list[int]:
     unknown = None if view.labelled else view.special_ids().get("unknown")
     for token in result:
         if token == unknown and view.to_output(token).strip() != text.strip():
-            raise bad(
+            raise InvalidInput(
                 f"the {name} is not in the vocabulary",
                 f"{text!r}, which becomes {''.join(map(view.to_output, result))!r}",
                 "words of this model's vocabulary",
@@ -122,7 +122,7 @@ def _pieces(view: ModelView, text: str, name: str) -> list[int]:
 def _class_called(view: ModelView, text: str, name: str) -> list[int]:
     result = [index for index, called in enumerate(view.classes) if called == text]
     if len(result) != 1:
-        raise bad(
+        raise InvalidInput(
             "no class is called that",
             repr(text),
             f"one of {list(view.classes)}",
@@ -153,7 +153,7 @@ def _not_one(view: ModelView, text: str, found: list[int], name: str) -> Invalid
     spaced = " " + text
     fits = not text.startswith(" ") and len(view.pieces(spaced)) == 1
     hint = f"{spaced!r}, with its space, is one token. " if fits else ""
-    return bad(
+    return InvalidInput(
         f"the {name} is not one token",
         f"{text!r}, which is {len(found)}: {pieces}",
         "a text that is one token of this model's vocabulary",
@@ -165,14 +165,14 @@ def require_contrast(target: Sequence[Steps], foil: Sequence[Steps]) -> None:
     """Raises an InvalidInput if a foil is its target, or has not as many tokens."""
     for number, (asked, other) in enumerate(zip(target, foil, strict=True)):
         if [*map(set, asked)] == [*map(set, other)]:
-            raise bad(
+            raise InvalidInput(
                 "the foil is the target, so that every score would be 0",
                 f"the tokens {[sorted(step) for step in asked]} for both in text {number}",
                 "a foil with another token",
                 "Pass another foil=, or none for the score of the target alone.",
             )
         if len(asked) != len(other):
-            raise bad(
+            raise InvalidInput(
                 "a foil has another number of tokens than the target",
                 f"a target of {len(asked)} and a foil of {len(other)} in text {number}",
                 "as many: each token is contrasted with the one in its place",
@@ -191,13 +191,13 @@ def require_known(view: ModelView, sets: Sequence[Steps] | None, name: str) -> N
 def no_target(asked: object, name: str, count: int | None = None) -> InvalidInput:
     """Returns the error for what is no token, or is not in a vocabulary of so many."""
     if isinstance(asked, Direction):
-        return bad(
+        return InvalidInput(
             f"a direction is no {name} here",
             "a Direction",
             _TARGETS,
             "log_prob_contributions and query_contributions take a direction, one at a time.",
         )
-    return bad(
+    return InvalidInput(
         f"this is no {name}",
         seen(asked),
         _TARGETS if count is None else f"{_TARGETS}; ids from 0 to {count - 1}",

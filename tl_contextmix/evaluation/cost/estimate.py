@@ -21,7 +21,7 @@ from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.model_view import Hooks, ModelView, NeedsModel, PassOutput
 from tl_contextmix.core.validation import Positive, require_choice
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.evaluation.cost.meta_tensors import OnShapes
 from tl_contextmix.results import Estimate, EstimatePart, Result
 
@@ -78,7 +78,7 @@ def estimate(
         method = known[method]
     if isinstance(method, type):
         expected = "a function of a model and token ids"
-        raise bad("unknown method", repr(method), expected, _EXAMPLE)
+        raise InvalidInput("unknown method", repr(method), expected, _EXAMPLE)
     view = as_view(model)
     lengths = (n_tokens, *decoder)
     tokens, others = _words(view, batch, lengths)

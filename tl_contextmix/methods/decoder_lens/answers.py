@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_contextmix.adapters import EncoderDecoder
 from tl_contextmix.adapters.inputs import pad_rows
 from tl_contextmix.core.blocks import Side
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.decoder_lens.layerwise_decoder import Listening
 from tl_contextmix.results import (
     LayerwiseDecoding,
@@ -148,7 +148,7 @@ class Lens:
         if not self.prompted:
             return None
         if not bool(self.prompt.mask.all()):
-            raise bad(
+            raise InvalidInput(
                 "decoding cannot go on from these beginnings",
                 f"decoder inputs of {sorted(set(self.prompt.mask.sum(1).tolist()))} tokens",
                 "as many tokens in every row",
@@ -165,7 +165,7 @@ class Lens:
         if wanted is None:
             wanted = _MAX_NEW_TOKENS if room is None else min(_MAX_NEW_TOKENS, room)
         if room is not None and not 0 < wanted <= room:
-            raise bad(
+            raise InvalidInput(
                 "the decoder cannot say as much",
                 f"max_new_tokens={self.max_new_tokens} after {used} tokens",
                 f"at most {bound} tokens together, the longest text of this model",
@@ -177,7 +177,7 @@ class Lens:
 def _require_length(model: EncoderDecoder, length: int, name: str) -> None:
     bound = model.decoder.n_ctx
     if bound is not None and length > bound:
-        raise bad(
+        raise InvalidInput(
             f"the {name} cannot be run",
             f"{length} tokens",
             f"at most {bound}, the longest text of this model",

@@ -13,7 +13,7 @@ from tl_contextmix.adapters.inputs import Given, Input, Text, TokenInputs
 from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_items
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.decoder_lens.answers import Lens
 from tl_contextmix.methods.decoder_lens.layerwise_decoder import Listening
 from tl_contextmix.methods.decoder_lens.references import read_references, read_source, read_tokens
@@ -268,7 +268,7 @@ def _curves(lens: Lens, plan: _Plan, categories: Any) -> LayerCurves:
     # Before anything is decoded: a data set may take hours.
     if free:
         if by_token(categories):
-            raise bad(
+            raise InvalidInput(
                 "categories of tokens do not go with metrics of an output",
                 f"a list per input and the metrics {list(free)}",
                 f"metrics of a judged answer only: {list(LIKELIHOOD_METRICS)}",
@@ -303,6 +303,6 @@ _USED = {
 def _require_used(*options: tuple[str, object, bool]) -> None:
     for name, value, used in options:
         if value is not None and not used:
-            raise bad(
+            raise InvalidInput(
                 f"{name} would change nothing", repr(value), f"{_USED[name]}", "Leave it out."
             )

@@ -17,7 +17,7 @@ from tl_contextmix.adapters.questions import single_token
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.text_metrics import words
 from tl_contextmix.core.validation import whole_number
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results.curves import as_texts
 
 
@@ -28,7 +28,7 @@ def read_source(
     if model.view is not None:
         batch = make_batch(model.view, given)
         if batch.further and not model.takes_further:
-            raise bad(
+            raise InvalidInput(
                 "an encoder that is read layer by layer takes tokens only",
                 " and ".join(batch.further),
                 "token ids and a mask",
@@ -44,14 +44,14 @@ def read_source(
     features = given.input
     whole = isinstance(features, Tensor) and features.ndim == 3 and len(features) > 0
     if not isinstance(features, Tensor) or not whole or not features.is_floating_point():
-        raise bad(
+        raise InvalidInput(
             "a speech model cannot read this",
             describe(features),
             "features of shape [batch, mel, frame], at least one input",
             "Make them with the model's feature extractor.",
         )
     if replace(given, input="", decoder_input=None, language=None) != Given(""):
-        raise bad(
+        raise InvalidInput(
             "this has no meaning for a speech model",
             "attention_mask, prepend_bos, padding_side, token_type_ids, position_ids or labels",
             "none of them",
@@ -70,7 +70,7 @@ def _speech_prompt(model: EncoderDecoder, given: Any, features: Tensor) -> Side:
         d_vocab, rows = model.decoder.d_vocab, len(features)
         fits = ids.dtype == torch.long and ids.ndim == 2 and len(ids) == rows and ids.numel() > 0
         if not fits or not bool(((ids >= 0) & (ids < d_vocab)).all()):
-            raise bad(
+            raise InvalidInput(
                 "the decoder_input cannot be run",
                 describe(ids),
                 f"ids from 0 to {d_vocab - 1} of shape [{rows}, pos]",
@@ -82,7 +82,7 @@ def _speech_prompt(model: EncoderDecoder, given: Any, features: Tensor) -> Side:
         return Side(prompt, torch.ones_like(prompt, dtype=torch.bool))
     texts = as_texts(given, "decoder_input")
     if len(texts) != len(features):
-        raise bad(
+        raise InvalidInput(
             "input and decoder_input do not fit each other",
             f"{len(features)} and {len(texts)} rows",
             "as many decoder inputs as inputs",
@@ -101,7 +101,7 @@ def read_references(model: EncoderDecoder, given: object, count: int) -> tuple[s
         return None
     result = as_texts(given, "references")
     if len(result) != count:
-        raise bad(
+        raise InvalidInput(
             "references and inputs do not fit each other",
             f"{len(result)} references for {count} inputs",
             "one reference per input",
@@ -109,7 +109,7 @@ def read_references(model: EncoderDecoder, given: object, count: int) -> tuple[s
         )
     for text in result:
         if not words(text) or not _content(model, text):
-            raise bad(
+            raise InvalidInput(
                 "a reference has no tokens",
                 repr(text),
                 "at least one token beside the special ones",
@@ -127,7 +127,7 @@ def read_tokens(model: EncoderDecoder, given: Any) -> list[int]:
     """Returns the ids of the tokens to be scored."""
     listed = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
-        raise bad(
+        raise InvalidInput(
             "there is nothing to score",
             f"target={given!r}",
             "a list of at least one token with mode='scores'",
@@ -142,7 +142,7 @@ def _token(model: EncoderDecoder, one: object) -> int:
     ids = _content(model, one) if isinstance(one, str) else [whole_number(one)]
     if len(ids) == 1 and ids[0] is not None and 0 <= ids[0] < model.decoder.d_vocab:
         return ids[0]
-    raise bad(
+    raise InvalidInput(
         "this is not one token",
         f"{one!r}, {len(ids)} tokens" if isinstance(one, str) else repr(one),
         f"words of one token each, or ids from 0 to {model.decoder.d_vocab - 1}",

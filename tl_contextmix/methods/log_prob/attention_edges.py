@@ -24,7 +24,7 @@ from tl_contextmix.core.score_forms import fit_turns
 from tl_contextmix.core.token_sums import FrozenNorm
 from tl_contextmix.engine.attention_scores import Edge, Ruler, Side, measure
 from tl_contextmix.engine.log_prob_scores import By, split_stream
-from tl_contextmix.errors import UnsupportedModel, bad, seen
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, seen
 from tl_contextmix.results import ScoreContributions
 from tl_contextmix.results.components import Components, Grid, join, of_encoder
 
@@ -42,7 +42,7 @@ def score_contributions(
 ) -> ScoreContributions:
     """Returns the score of a head's target and source, by what wrote the streams it reads."""
     if by not in CUTS:
-        raise bad(
+        raise InvalidInput(
             "an attention edge is not cut so finely",
             f"by={by!r}",
             f"one of {list(CUTS)}",
@@ -109,7 +109,7 @@ def _pass(view: ModelView, given: Given, stack: StackName | None, layer: int) ->
         needs=frozenset({"pattern", "mixing"}),
     )
     if len(forward_pass.batch.main.ids) != 1:
-        raise bad(
+        raise InvalidInput(
             "an edge is of one text",
             f"{len(forward_pass.batch.main.ids)} texts",
             "one text",
@@ -137,14 +137,14 @@ def _require_choice(ruler: Ruler) -> None:
     """Raises InvalidInput where there is no score, or none that can be told."""
     at = ruler.edge
     if not ruler.possible:
-        raise bad(
+        raise InvalidInput(
             "this head cannot look there",
             f"{ruler.attention.pattern}, head {at.head}, from position {at.target} to {at.source}",
             "a source that the target can read",
             "Choose one with an attention weight above 0.",
         )
     if not ruler.shown and ruler.other is None:
-        raise bad(
+        raise InvalidInput(
             "there is nothing to explain",
             f"a target, at position {at.target}, that can read one token only",
             "a head with a choice",
@@ -155,7 +155,9 @@ def _require_choice(ruler: Ruler) -> None:
 def _place(name: str, given: int, count: int) -> int:
     """Returns a number from the end as one from the start."""
     if not -count <= given < count:
-        raise bad(f"there is no such {name}", seen(given), f"0 to {count - 1}", "Choose another.")
+        raise InvalidInput(
+            f"there is no such {name}", seen(given), f"0 to {count - 1}", "Choose another."
+        )
     return given % count
 
 
@@ -164,7 +166,7 @@ def _position(name: str, given: int, mask: Tensor) -> int:
     real = mask[0].nonzero()[:, 0].tolist()
     at = real[given] if -len(real) <= given < 0 else given
     if at not in real:
-        raise bad(
+        raise InvalidInput(
             f"there is no such {name}",
             f"position {given}",
             f"{real[0]} to {real[-1]}, or -{len(real)} to -1",

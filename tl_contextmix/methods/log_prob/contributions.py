@@ -31,7 +31,7 @@ from tl_contextmix.engine.log_prob_scores import (
 )
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import LogProbContributions
 from tl_contextmix.results.component_sets import join_rows
 from tl_contextmix.results.components import Components, join, padding
@@ -145,14 +145,14 @@ def log_prob_contributions(
     _require_neurons(by, score)
     given, answer = split_answer(input, inputs)
     if answer.foil is not None and score in ("prob_increase", "rank", "coefficient_rank"):
-        raise bad(
+        raise InvalidInput(
             "this score knows no foil",
             f"score={score!r} with a foil",
             "'log_prob_increase', 'log_prob' or a score of the neuron alone",
             "Leave the foil out, or ask for the increase of the log-odds.",
         )
     if isinstance(answer.target, Direction) and score != "log_prob_increase":
-        raise bad(
+        raise InvalidInput(
             "this score is one of tokens",
             f"score={score!r} of a direction",
             "the default: inner products with the direction",
@@ -349,7 +349,7 @@ def _neuron_scores(prediction: Prediction, split: Split, score: Score) -> Tensor
 def _require_neurons(by: str, score: str) -> None:
     if by in _NEURONS or score == "log_prob_increase":
         return
-    raise bad(
+    raise InvalidInput(
         f"there is no such choice by {by}",
         f"score={score!r}",
         "scores other than log_prob_increase by 'ff_neuron' or 'attn_neuron'",
@@ -361,7 +361,7 @@ def _require_some(splits: list[Split], by: str, prediction: Prediction) -> list[
     if not splits:
         ff = prediction.view.blocks()[0].feed_forward
         seen = "blocks without a feed-forward sublayer" if ff is None else "none before this point"
-        raise bad(
+        raise InvalidInput(
             f"{prediction.view.name} has no components by {by}",
             "feed-forward blocks without experts" if by == "expert" else seen,
             "another `by`, or a later point of the stream",

@@ -24,7 +24,7 @@ from tl_contextmix.engine.neuron_inputs import NeuronInputs, Place, neuron_input
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import Chosen, chosen_components
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.log_prob.attention_edges import score_contributions
 from tl_contextmix.results import LogProbContributions, QueryContributions, ScoreContributions
 from tl_contextmix.results.axes import largest
@@ -172,7 +172,7 @@ def query_contributions(
                 as_view(model), given, edge, by=by, stack=stack, max_bytes=max_bytes
             )
     if neurons is None or stack is not None:
-        raise bad(
+        raise InvalidInput(
             "there is nothing to ask about" if neurons is None else "neurons have no stack",
             f"neurons={neurons!r}"[:80] if neurons is None else f"stack={stack!r}",
             "neurons=, or edge=(layer, head, target, source) with its stack",
@@ -233,7 +233,7 @@ def _require_edge_alone(neurons: object, answer: Answer, plain: bool) -> None:
     """Raises InvalidInput where an edge is asked about together with something else."""
     if neurons is None and answer.empty and plain:
         return
-    raise bad(
+    raise InvalidInput(
         "an edge is asked about alone",
         "neurons=" if neurons is not None else "target=, foil=, pos=, share=, k= or norm=",
         "edge=, stack= and by=",
@@ -386,7 +386,7 @@ def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Ten
     for index in range(chosen.kind.shape[1]):
         one = chosen.at(0, index)
         if (one["kind"], one["layer"]) not in sublayers:
-            raise bad(
+            raise InvalidInput(
                 "these neurons write nothing along the direction",
                 f"{chosen.label(0, index)}, which does not come before this point",
                 "neurons before it",
@@ -411,7 +411,7 @@ def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Ten
 
 def _nothing_read(chosen: Components, by: str) -> InvalidInput:
     row, place = (~chosen.is_empty()).nonzero()[0].tolist()
-    return bad(
+    return InvalidInput(
         f"these neurons read no components by {by}",
         f"neurons such as {chosen.label(row, place)}, with nothing of that kind before them",
         "neurons of later layers, or another `by`",
@@ -423,7 +423,7 @@ def _require_vanishing(neurons: object, share: str) -> None:
     """Raises InvalidInput where shares of an activation cannot be shares of a score."""
     score = neurons.score if isinstance(neurons, LogProbContributions) else VANISHING[0]
     if share == "exact" and score not in VANISHING:
-        raise bad(
+        raise InvalidInput(
             "scores that silent neurons have cannot be shared out by activation",
             f"neurons scored by {score!r}",
             f"scores that vanish with the activation: {', '.join(VANISHING)}",
@@ -436,7 +436,7 @@ def _require_sources(chosen: Components) -> None:
     lacking &= (chosen.source < 0) | (chosen.neuron < 0)
     if bool(lacking.any()):
         row, place = lacking.nonzero()[0].tolist()
-        raise bad(
+        raise InvalidInput(
             "it is not known which stream this component reads",
             chosen.label(row, place),
             "feed-forward neurons, or attention neurons with their source",

@@ -17,7 +17,7 @@ from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_question, split_stream
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import ComponentReadouts, LogProbContributions
 from tl_contextmix.results.components import Components
 
@@ -60,7 +60,7 @@ def component_readouts(
     Cost: a forward pass and ``2 d d_vocab`` operations per component.
     """
     if not isinstance(components, LogProbContributions):
-        raise bad(
+        raise InvalidInput(
             "there is nothing to read",
             repr(components)[:100],
             "a result of log_prob_contributions",
@@ -123,7 +123,7 @@ def _vectors(
             missing &= ~mine
     if bool(missing.any()) or not bool(there.any()):
         odd = missing.nonzero()[:1].tolist()
-        raise bad(
+        raise InvalidInput(
             "there is no such component to read here",
             wanted.label(*odd[0]) if odd else "a result without components",
             "components written to the stream of the position they were found at",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_contextmix.core.validation import MOST
 from tl_contextmix.engine.memory_coefficients import QUADRANTS
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results.axes import positions
 
 TAILS: dict[str, tuple[str, ...]] = {
@@ -66,14 +66,14 @@ def require_path(value: Any) -> Path:
     """Returns a path; raises InvalidInput unless the system could have it."""
     if isinstance(value, (str, Path)) and "\0" not in str(value) and str(value):
         return Path(value)
-    raise bad("this is no path", repr(value)[:200], "a str or Path", "Pass a path.")
+    raise InvalidInput("this is no path", repr(value)[:200], "a str or Path", "Pass a path.")
 
 
 def one_layer(layer: Any, layers: tuple[int, ...]) -> int:
     """Returns the number of one layer, counted from the end if negative."""
     found = [] if layer is None else positions("layer", layer, layers)
     if len(found) != 1:
-        raise bad(
+        raise InvalidInput(
             "this is about one layer", repr(layer)[:200], f"one of {list(layers)}", "Name one."
         )
     return layers[found[0]]

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 
 Kind = Literal["text", "jsonl", "array", "csv", "parquet", "dataset", "table", "iterable"]
 _SUFFIXES: dict[str, Kind] = dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl")
@@ -117,7 +117,7 @@ class Corpus:
             result = {number: document for number, document in picked if not document.problem}
         missing = [number for number in sorted(needed) if number not in result]
         if missing:
-            raise bad(
+            raise InvalidInput(
                 f"{self.name} no longer has a document",
                 f"no document {missing[0]}",
                 "the corpus that was mined",
@@ -214,12 +214,12 @@ def _is_array(path: Path) -> bool:
 
 
 def _no_corpus(seen: str, expected: str, remedy: str) -> InvalidInput:
-    return bad("the corpus cannot be read", seen, expected, remedy)
+    return InvalidInput("the corpus cannot be read", seen, expected, remedy)
 
 
 def _require_no_column(column: str | None, name: str) -> None:
     if column is not None:
-        raise bad(
+        raise InvalidInput(
             "this corpus has no columns",
             f"column={column!r} of {name}",
             "None for text files and iterables",
@@ -229,7 +229,7 @@ def _require_no_column(column: str | None, name: str) -> None:
 
 def _require_column(corpus: Corpus, names: Iterable[Any]) -> None:
     if corpus.column not in (known := list(names)):
-        raise bad(
+        raise InvalidInput(
             f"there is no such column in {corpus.name}",
             repr(corpus.column),
             f"one of {known}",
@@ -245,7 +245,7 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ArrowException, csv.Error) as error:
-        raise bad(
+        raise InvalidInput(
             f"the corpus {name} cannot be read",
             str(error),
             "a readable file",
@@ -296,7 +296,7 @@ def _array(corpus: Corpus) -> Iterator[Document]:
             elif block := file.read(_PEEK):
                 text, at = text[at:] + block, 0
             else:
-                raise bad(
+                raise InvalidInput(
                     f"the corpus {corpus.name} cannot be read",
                     f"{text[at : at + 40]!r}, entry {number}",
                     "a JSON array",

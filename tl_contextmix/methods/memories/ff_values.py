@@ -25,7 +25,7 @@ from tl_contextmix.engine.memory_coefficients import (
     values,
 )
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad, seen
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, seen
 from tl_contextmix.results import ValueReadouts
 from tl_contextmix.results.axes import positions
 
@@ -104,7 +104,7 @@ def ff_values(
         for block in select_blocks(view.blocks(), layer)
     ]
     if last is not None and (not chosen or any(block.layer >= last for block, _ in chosen)):
-        raise bad(
+        raise InvalidInput(
             "a head reads only what layers before it wrote",
             f"via={via} and layers {[block.layer for block, _ in chosen]}",
             f"layers below {last}",
@@ -154,7 +154,9 @@ def _head(view: ModelView, via: Any) -> tuple[int, Callable[[Tensor], Tensor]]:
         UnsupportedModel: If that is no linear map that weights alone tell.
     """
     if not isinstance(via, (tuple, list)) or len(via) != 2:
-        raise bad("via= names no head", seen(via), "(layer, head)", "Pass a pair of numbers.")
+        raise InvalidInput(
+            "via= names no head", seen(via), "(layer, head)", "Pass a pair of numbers."
+        )
     (block,) = select_blocks(view.blocks(), via[0])
     block.require_attention()
     head = block.attention("self")
@@ -218,7 +220,7 @@ def _as_two_sides(ahead: Scan, after: Scan) -> Scan:
 def _scale(view: ModelView, reader: Unembedding, text: Input | None) -> float:
     wanted = reader.projection == "frozen"
     if wanted != (text is not None):
-        raise bad(
+        raise InvalidInput(
             "the scale of the final norm has no source",
             f"projection={reader.projection!r} and text={text!r}"[:200],
             "a text for projection='frozen', and only then",

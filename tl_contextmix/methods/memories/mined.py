@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tl_contextmix.adapters.passes import provenance
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import require_number
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.memories.corpus_arguments import TAILS, one_layer
 from tl_contextmix.methods.memories.corpus_formats import Corpus
 from tl_contextmix.methods.memories.shards import Frame, frame_of
@@ -136,7 +136,7 @@ class Mined(Shown):
     def require_view(self) -> ModelView:
         """Returns the model; raises InvalidInput where it is not at hand."""
         if self.view is None:
-            raise bad(
+            raise InvalidInput(
                 "this needs the model that was mined",
                 "triggers without one",
                 f"the model {self.manifest['run']['model']}",
@@ -147,7 +147,7 @@ class Mined(Shown):
     def require_corpus(self) -> Corpus:
         """Returns the corpus; raises InvalidInput where it is not at hand."""
         if self.corpus is None:
-            raise bad(
+            raise InvalidInput(
                 "contexts cannot be shown",
                 "no corpus",
                 "the corpus that was mined",

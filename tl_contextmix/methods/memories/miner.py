@@ -23,7 +23,7 @@ from tl_contextmix.engine.memory_coefficients import (
     quadrants,
     require_feed_forward,
 )
-from tl_contextmix.errors import InvalidInput, bad, warn
+from tl_contextmix.errors import InvalidInput, warn
 from tl_contextmix.methods.memories.corpus_arguments import TAILS
 from tl_contextmix.methods.memories.corpus_formats import Corpus
 from tl_contextmix.methods.memories.shards import Cutting, Documents
@@ -120,7 +120,7 @@ class Miner:
                 for tail in TAILS[self.tails]
             }
         except (RuntimeError, TypeError) as error:  # torch names no size that it cannot allocate
-            raise bad(
+            raise InvalidInput(
                 "so many triggers do not fit in memory",
                 f"k={self.k}",
                 "28 k bytes for each memory",
@@ -269,7 +269,7 @@ def make_miner(
     pair = len(view.stacks) == 2
     base = "encoder" if pair and stack is None else view.base_stack(stack)
     if pair and base != "encoder":
-        raise bad(
+        raise InvalidInput(
             "a corpus cannot be read by this stack",
             f"stack={stack!r}",
             "'encoder': a decoder would see its start token alone",
@@ -282,7 +282,7 @@ def make_miner(
     blocks = tuple(asked[number] for number in sorted(asked))
     first = require_feed_forward(blocks[0])
     if tails == "quadrants" and not first.gated:
-        raise bad(
+        raise InvalidInput(
             "there are no quadrants",
             "a feed-forward sublayer without gates",
             "tails='positive' or 'both'",

@@ -29,7 +29,7 @@ from tl_contextmix.core.validation import (
     checked,
 )
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.memories.corpus_arguments import COUNTS, require_path
 from tl_contextmix.methods.memories.corpus_formats import Corpus, open_corpus
 from tl_contextmix.methods.memories.miner import (
@@ -249,7 +249,7 @@ def _resumed(folder: Path, miner: Miner, run: dict[str, Any], rank: int, world_s
         if not other.name.endswith(f"-of-{world_size:05d}.safetensors")
     ]
     if strange:
-        raise bad(
+        raise InvalidInput(
             f"{folder} holds parts of another division of the corpus",
             strange[0].name,
             f"parts of {world_size} processes",
@@ -351,13 +351,13 @@ def _require_whole(parts: list[Part], places: list[Path]) -> None:
 def cannot_merge(seen: str, expected: str) -> InvalidInput:
     """Returns the error for parts that are no whole."""
     remedy = "Run the processes that are missing or were stopped again: they go on."
-    return bad("the parts cannot be merged", seen, expected, remedy)
+    return InvalidInput("the parts cannot be merged", seen, expected, remedy)
 
 
 def require_rank(rank: int, world_size: int) -> None:
     """Raises InvalidInput unless there is such a process."""
     if rank >= world_size:
-        raise bad(
+        raise InvalidInput(
             "there is no such process",
             f"rank={rank} of world_size={world_size}",
             "0 <= rank < world_size",
@@ -375,7 +375,7 @@ def require_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> No
             if changed:
                 name, old, new = f"{name}: {changed[0]}", old.get(changed[0]), new[changed[0]]
         if old != new:
-            raise bad(
+            raise InvalidInput(
                 f"{folder} holds a run that differs in {name}",
                 repr(new)[:200],
                 repr(old)[:200],
@@ -398,7 +398,7 @@ def as_far_as(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 def changed(corpus: Corpus, seen: str) -> InvalidInput:
     """Returns the error for a corpus that is another one than before."""
-    return bad(
+    return InvalidInput(
         f"the corpus {corpus.name} is not the one that was mined before",
         seen,
         "the same documents",

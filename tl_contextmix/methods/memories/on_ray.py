@@ -24,7 +24,7 @@ from tl_contextmix.core.validation import (
     checked,
 )
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.memories.mining import merge_triggers, mine_triggers
 from tl_contextmix.methods.memories.store import make_folder, part_path
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
@@ -138,7 +138,7 @@ def require_options(
     known = [n for n in inspect.signature(function).parameters if n not in _OURS]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise bad(
+        raise InvalidInput(
             f"{name} does not have this option",
             repr(unknown[0]),
             f"some of {known}",
@@ -156,7 +156,7 @@ def _ray(wanted: float) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError as error:
-        raise bad(
+        raise InvalidInput(
             "there is no Ray to work on",
             str(error),
             "ray[data]",
@@ -168,7 +168,7 @@ def _ray(wanted: float) -> Iterator[Any]:
     try:
         there = ray.cluster_resources().get("CPU", 0.0)
         if wanted >= there:
-            raise bad(
+            raise InvalidInput(
                 "the job would deadlock: actors reserve every CPU",
                 f"actors that take {wanted:g} of {there:g} CPUs",
                 "a share of a CPU left for reading",

@@ -23,7 +23,7 @@ from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
 from tl_contextmix.adapters.inputs.padding import without_padding
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import InvalidInput, bad, warn
+from tl_contextmix.errors import InvalidInput, warn
 from tl_contextmix.methods.memories.corpus_formats import Corpus, Document
 from tl_contextmix.methods.memories.topk import POSITION_BITS
 
@@ -251,7 +251,7 @@ def _batch(view: ModelView, rows: list[tuple[int, int, int, list[int], list[bool
 
 def _unusable(name: str, seen: str, expected: str, way_out: str, remedy: str = "") -> InvalidInput:
     remedy = remedy or "Fix the document"
-    return bad(
+    return InvalidInput(
         f"{name} cannot be used",
         seen,
         expected,

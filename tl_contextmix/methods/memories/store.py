@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 from torch import Tensor
 
-from tl_contextmix.errors import FileFormatError, InvalidInput, bad
+from tl_contextmix.errors import FileFormatError, InvalidInput
 from tl_contextmix.methods.memories.corpus_arguments import (
     check_manifest,
     check_part,
@@ -217,7 +217,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         with replacing(path, f".{path.name}.part") as part:
             write(part)
     except Exception as error:  # safetensors and pyarrow have types of their own
-        raise bad(
+        raise InvalidInput(
             f"{path} cannot be written",
             f"{type(error).__name__}: {error}"[:300],
             "a folder with room and the right to write",
@@ -242,7 +242,7 @@ def alone(path: Path) -> Iterator[None]:
             seen, expected = str(error), "a folder with the right to write"
             if isinstance(error, Timeout):
                 seen, expected = "another process at it", "one process for each part"
-            raise bad(
+            raise InvalidInput(
                 f"{path.parent} cannot be written to",
                 seen,
                 expected,
@@ -272,7 +272,7 @@ def make_folder(out: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise bad(
+        raise InvalidInput(
             "the folder for the result cannot be made",
             str(error),
             "a path where a folder is or can be",
@@ -283,7 +283,7 @@ def make_folder(out: str | Path) -> Path:
 
 def not_mined(what: str, seen: object, expected: str) -> InvalidInput:
     """Returns the error for something that is not among the triggers."""
-    return bad(
+    return InvalidInput(
         f"there is no such {what} among these triggers",
         repr(seen),
         expected,

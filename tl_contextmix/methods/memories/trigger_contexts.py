@@ -19,7 +19,7 @@ from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import unembedding
 from tl_contextmix.engine.memory_coefficients import require_feed_forward, values
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.memories.corpus_formats import Document
 from tl_contextmix.methods.memories.mined import Mined
 from tl_contextmix.methods.memories.miner import NEGATIVE
@@ -60,7 +60,7 @@ def contexts(triggers: Mined, frame: pandas.DataFrame) -> dict[Place, list[int]]
         # Version 0.1.0 wrote no hashes: the token at the trigger has to do.
         other = mined is not None and picked[document].hash() != mined
         if other or position >= len(whole) or whole[position] != token:
-            raise bad(
+            raise InvalidInput(
                 f"document {document} is not the one that was mined",
                 f"another text in {triggers.require_corpus().name}",
                 f"the text whose token {token} is at position {position}",
@@ -221,7 +221,7 @@ def _written(path: Path) -> Iterator[Path]:
         with replacing(path) as part:
             yield part
     except OSError as error:
-        raise bad(
+        raise InvalidInput(
             f"{path} cannot be written",
             str(error),
             "a file in a folder that exists, with room",

@@ -19,7 +19,7 @@ from tl_contextmix.engine.memory_coefficients import (
     require_predicting,
     values,
 )
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.memories.composition import draw
 from tl_contextmix.methods.memories.mined import Mined
 from tl_contextmix.methods.memories.miner import NEGATIVE
@@ -192,7 +192,7 @@ def removal(triggers: Mined, frame: pandas.DataFrame, seed: int) -> LayerFigures
     """Returns the relative change of coefficients at the triggers of a frame; see `Triggers`."""
     view = triggers.require_view()
     if triggers.both_ways:
-        raise bad(
+        raise InvalidInput(
             "no prefix is defined for this model",
             f"{view.name}, which reads both ways",
             "a causal model",

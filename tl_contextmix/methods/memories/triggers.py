@@ -14,7 +14,7 @@ from tl_contextmix.adapters.inputs import Labels, name_tokens
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import FilePath, require_number
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.memories.corpus_arguments import one_layer, require_path
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.mined import Mined
@@ -270,21 +270,21 @@ class Triggers(Mined):
 def _require_mined(view: ModelView, manifest: dict[str, Any], folder: Path) -> ModelView:
     run = manifest["run"]
     if view.fingerprint != run["weights"]:
-        raise bad(
+        raise InvalidInput(
             "the triggers are those of another model",
             f"{view.name} with weights {view.fingerprint}",
             f"{run['model']} with weights {run['weights']}",
             "Pass the model that was mined.",
         )
     if tokenizer_hash(view, run["options"]["prepend_bos"]) != run["tokenizer"]:
-        raise bad(
+        raise InvalidInput(
             "the triggers were mined with another tokenizer",
             f"the one of {view.name} as it is now",
             "the tokenizer that mined them",
             "Restore the tokenizer it was mined with.",
         )
     if view.dictionaries != tuple(run.get("dictionaries", ())):
-        raise bad(
+        raise InvalidInput(
             "the triggers are those of other features",
             f"dictionary: {list(view.dictionaries) or None}",
             f"{run.get('dictionaries') or None}",
