@@ -102,7 +102,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device, plain = kwargs.get("device"), kwargs
     asked = None if device is None else torch.device(device).type == GPU.type
     to_gpu = any(there) if name not in _ANYWHERE else there[0]
-    WAITS.see(name, there, args, asked)
+    free = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+    WAITS.see(name, there, args, asked, blocking=not free)
     if device is not None:
         to_gpu = bool(asked)
         plain = {**kwargs, "device": torch.device("cpu")}

@@ -13,6 +13,7 @@ import unchecked
 import zoo
 import zoo_build
 from asked import keywords, relative, shared
+from gpu_waits import CudaWaits, require_few
 from test_conformance import ASKED, Method, ask
 
 import tl_contextmix as cm
@@ -69,7 +70,7 @@ SCRIPT = Path(__file__).with_name("fake_gpu.py")
 
 def test_everything_stays_where_the_model_is_and_has_a_fixed_order() -> None:
     """On a GPU that refuses what CUDA refuses, in a process of its own."""
-    calls = int(unchecked.run(str(SCRIPT), "bart").split()[-4])
+    calls = int(unchecked.run(str(SCRIPT), "bart", "llama").split()[-4])
     assert calls > 60
 
 
@@ -138,6 +139,13 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(family: str, dtype: torch.dtype) -> 
     model = zoo.build(case, dtype=dtype).to("cuda")
     # In float32 shares of small scores keep three digits, see docs/pages/numbers.md.
     same_everywhere(model, case, 1e-6 if dtype == torch.float64 else 5e-3, dtype)
+
+
+@pytest.mark.every
+@pytest.mark.gpu
+@gpus(1)
+def test_no_layer_is_waited_for() -> None:
+    require_few(CudaWaits(), torch.device("cuda"))
 
 
 @pytest.mark.every

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -126,6 +127,15 @@ def activation(model: Any) -> Undo:
     pytest.skip("an activation elsewhere")
 
 
+def parameter(model: Any) -> Undo:
+    for module in own(first_block(model).mlp).modules():
+        for name, one in module._parameters.items():
+            if one is not None and one.ndim == 1:
+                module._parameters[name] = nn.Parameter(one.detach() + 0.5)
+                return partial(module._parameters.update, {name: one})
+    pytest.skip("no biases")
+
+
 def scalar(model: Any) -> Undo:
     norm, undos = first_block(model).ln1, []
     for holder in (own(norm), norm.__dict__.get("config")):
@@ -153,6 +163,7 @@ WAYS = (
     forward_of_an_instance,
     forward_of_a_class,
     activation,
+    parameter,
     scalar,
     config_entry,
 )
@@ -214,6 +225,8 @@ def test_what_is_replaced_is_seen_and_what_is_put_back_too(
         assert relative(zoo.logits(model, given), logits) > 1e-3
         found, ok = answer(model, case), report_ok(model)
         assert found is None or not same(found, first)
+        # Nothing but numbers is another.
+        assert found is not None or way is not parameter
         fresh = zoo.build(case)
         undo_fresh = undo if way is forward_of_a_class else way(fresh)
         # As a model that was never asked before.

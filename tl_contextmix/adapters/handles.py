@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -119,9 +120,12 @@ def _adapters_apart(path: str, name: str) -> UnsupportedModel:
 def attribute_of(module: nn.Module, name: str) -> Any:
     """Returns a weight or None; bridges raise AttributeError (4.x) or TypeError (3.x) instead.
 
-    Latent attention raises NotImplementedError, layers with widths of their own a ValueError.
+    Latent attention raises NotImplementedError, layers with widths of their own a ValueError. Some
+    aliases of a bridge still hold the Parameter that was there when it was built.
     """
+    held = vars(module)
+    path = held.get("_property_alias_registry", {}).get(name) if name in held else None
     try:
-        return getattr(module, name, None)
+        return getattr(module, name, None) if path is None else attrgetter(path)(module)
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None

@@ -28,6 +28,7 @@ from tl_contextmix.adapters.splices import (
 )
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import Edit, Hooks, PassOutput, Runner
+from tl_contextmix.core.token_sums import beside
 from tl_contextmix.errors import InvalidInput, UnsupportedModel
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -85,9 +86,9 @@ def make_runner(
             (own.wanted.__contains__, own.hook)
         ]
         if handle.ignores_masks and not bool(batch.main.mask.all()):
-            padding = ~batch.main.mask[:, None, None].to(handle.device)
+            padding = ~beside(handle.device, batch.main.mask)[:, None, None]
             fwd_hooks.append((_is_scores, partial(own.hide, padding)))
-        ids = _ids(batch.main, pad_id()).to(handle.device)
+        ids = beside(handle.device, _ids(batch.main, pad_id()))
         # Hooks sit on the model: two passes at once would fill each other's traces.
         late = own.softmax if own.late else nullcontext()
         with lock_of(model), own, late, torch.set_grad_enabled(grad):
@@ -341,7 +342,7 @@ def _not_shown(model: Any, missing: list[str], count: int) -> UnsupportedModel:
 
 
 def _arguments(model: nn.Module, handle: Handle, batch: Batch) -> dict[str, Any]:
-    mask = batch.main.mask.to(handle.device).long()
+    mask = beside(handle.device, batch.main.mask).long()
     padded = not bool(batch.main.mask.all())
     arguments: dict[str, Any] = {}
     if handle.bridge:

@@ -54,8 +54,9 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
         model = handle.get()
         tokenizer = require_tokenizer(model)
         if not framed:
-            options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-            ids = model.to_tokens(text, truncate=False, **options)[0].tolist()
+            options: dict[str, Any] = {"truncate": False, "move_to_device": False}
+            options |= {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+            ids = model.to_tokens(text, **options)[0].tolist()
             wants_bos = prepend_bos is None or prepend_bos
             return _with_one_bos(tokenizer, text, ids) if wants_bos else ids
         if prepend_bos is not None:

@@ -224,8 +224,10 @@ def _patch(
     """Returns ``found`` with the elements where ``near`` is true computed in the other way.
 
     Few are near, and the other way is a quadrature: computing it for all took a tenth of the time
-    of a gated block.
+    of a gated block. A GPU would be waited for to be asked which.
     """
+    if near.device.type != "cpu":
+        return torch.where(near, compute(*arguments), found)
     if bool(near.any()):
         found[near] = compute(*(argument[near] for argument in arguments))
     return found
@@ -243,7 +245,8 @@ def _path_mean(
     length = end - start
     divisor = torch.where(length == 0, torch.ones_like(length), length)
     crossing = (-start / divisor).clamp(0, 1)
-    crosses = bool(crossing.any())
+    # A GPU would be waited for.
+    crosses = crossing.device.type != "cpu" or bool(crossing.any())
     total = torch.zeros_like(length)
     for node, weight in _nodes(nodes):
         total = total + weight * (1 - crossing) * integrand(crossing + node * (1 - crossing))

@@ -20,7 +20,7 @@ from tl_contextmix.core.activations import Activation, gated_slopes
 from tl_contextmix.core.attention_terms import GatedTerm
 from tl_contextmix.core.neuron_routes import transmit
 from tl_contextmix.core.score_forms import HeadNorm
-from tl_contextmix.core.token_sums import AttentionTerm, Norm, ends_of, through_neurons
+from tl_contextmix.core.token_sums import AttentionTerm, Norm, beside, ends_of, through_neurons
 from tl_contextmix.errors import UnsupportedModel
 
 FOLD_BYTES = 2**28
@@ -524,7 +524,8 @@ class FeedForward(Sublayer):
             found = None if name == "b_out" else self.weights(name)
             if found is None:
                 return None
-            return found[:, neurons] if name in ("W_in", "W_gate") else found[neurons]
+            some = beside(found, neurons)
+            return found[:, some] if name in ("W_in", "W_gate") else found[some]
 
         return replace(self, weights=weights)
 

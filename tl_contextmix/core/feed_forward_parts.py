@@ -35,6 +35,7 @@ from tl_contextmix.core.token_sums import (
     Keep,
     Support,
     TokenSum,
+    beside,
     blocks,
     through_neurons,
     within,
@@ -188,9 +189,7 @@ class FeedForwardParts:
         if way.support is None:
             sublayer = self.sublayer.part((slice(None), rows))
             return sublayer.transmit(parts.transpose(1, 2), slopes).transpose(1, 2).contiguous()
-        source, target = (
-            place.to(parts.device, non_blocking=True) for place in way.support.pairs(rows, columns)
-        )
+        source, target = (beside(parts, place) for place in way.support.pairs(rows, columns))
         some, slopes = parts[:, source, target], [slope[:, target] for slope in slopes]
         found = through_neurons(some, self.weights, slopes, self.W_out)
         parts[:, source, target] = found.to(parts.dtype)

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, after
 from tl_contextmix.core.readout import CACHE_BYTES
-from tl_contextmix.core.token_sums import FrozenNorm, blocks
+from tl_contextmix.core.token_sums import FrozenNorm, beside, blocks
 
 
 class RouteNode(NamedTuple):
@@ -212,14 +212,15 @@ class _Search:
             rows = [node.pos for node in self._reached.get((last.kind, index, last.layer), [])]
             if not rows:
                 return
-        shares = [self._shares(state, rows) for states in every for state in reversed(states)]
+        at = beside(last.value, rows)
+        shares = [self._shares(state, at) for states in every for state in reversed(states)]
         listed = iter(torch.cat(shares, dim=1).cpu().split([one.shape[1] for one in shares], dim=1))
         for states in every:
             for place in reversed(range(len(states))):
                 found = dict(zip(rows, next(listed), strict=True))
                 self._follow_parts(index, states, place, found)
 
-    def _shares(self, state: _State, rows: list[int]) -> Float[Tensor, "target part"]:
+    def _shares(self, state: _State, rows: Int[Tensor, " target"]) -> Float[Tensor, "target part"]:
         """Returns the importance of the parts of a state at some positions.
 
         They are the stream before, what the feed-forward block adds, if any, and of each attention
@@ -281,7 +282,7 @@ class _Search:
             self.edges[target, source] = self.edges.get((target, source), 0.0) + share
 
     def _heads(
-        self, state: _State, one: tuple[AttentionSublayer, FrozenNorm], rows: list[int]
+        self, state: _State, one: tuple[AttentionSublayer, FrozenNorm], rows: Int[Tensor, " target"]
     ) -> Float[Tensor, "target head source"]:
         """Returns the importance of what each head reads from each source."""
         sublayer, norm = one

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Sublayer, Trace, require_weight, shift
+from tl_contextmix.core.token_sums import beside
 from tl_contextmix.errors import UnsupportedModel
 
 
@@ -40,7 +41,7 @@ class LaterAttention:
         # Padding stays masked. Not told by the pattern: a softmax in float32 underflows to zeros
         # that other queries can read (4e-2 of a score on the embedded encoder-decoder).
         shape = trace.pattern(attention)[:, :, rows].permute(0, 2, 1, 3).shape
-        real = trace.batch.main.mask.to(trace.values[attention.pattern].device)
+        real = beside(trace.values[attention.pattern], trace.batch.main.mask)
         factor = trace.factor(attention)
         return cls(
             attention,

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.linear_steps import (
@@ -30,10 +30,9 @@ from tl_contextmix.core.linear_steps import (
     FeedForwards,
     Gradient,
     LinearStack,
-    Places,
     mask_of,
 )
-from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.core.token_sums import beside, blocks, listed
 
 
 class Place(NamedTuple):
@@ -138,7 +137,7 @@ class LinearGraph:
             result.gradients[index, place] = gradient[0]
             if isinstance(step.nodes, Errors):
                 return torch.zeros_like(gradient)
-            mask = None if at is None else step.nodes.mask(at.get((index, place))) != without
+            mask = None if at is None else step.nodes.mask(at.get((index, place), [])) != without
             read, inner = step.nodes.read(gradient[0], mask)
             bias(index, step.layer, inner)
             return read[None]
@@ -161,9 +160,9 @@ class LinearGraph:
             errors = (i for i, step in enumerate(stack.steps) if isinstance(step.nodes, Errors))
             for step in (-1, *errors):
                 entered = self.scores(pulled, index, step)
-                mask = mask_of(entered, at.get((index, step))) != without
-                total += float(entered[mask].sum())
-        return total + float(sum(pulled.biases.values()))
+                mask = mask_of(entered, at.get((index, step), [])) != without
+                total += entered.where(mask, 0).sum()
+        return float(total + sum(pulled.biases.values()))
 
     def scores(self, pulled: Pulled, index: int, step: int) -> Float[Tensor, "pos column"]:
         """Returns the scores of a sublayer's nodes, or (step -1) of what enters a stack."""
@@ -200,15 +199,17 @@ class LinearGraph:
     def writes(self, kept: Sequence[Place]) -> Float[Tensor, "some d_model"]:
         """Returns what some nodes write to the stream, in their order."""
         found: dict[Place, Tensor] = {}
-        for (index, step), at in _by_step(kept).items():
-            stack, pos = self.stacks[index], at[:, 0]
+        for (index, step), some in _by_step(kept).items():
+            stack = self.stacks[index]
+            at = beside(stack.start, some)
+            pos = at[:, 0]
             if step < 0:
                 vectors = stack.start[pos]
             else:
                 nodes = stack.steps[step].nodes
                 norm = nodes.frozen.norm_out
                 vectors = norm.unscaled(nodes.writes(at)) / norm.scale[0, pos]
-            places = (Place(index, step, *one) for one in at.tolist())
+            places = (Place(index, step, *one) for one in some)
             found |= dict(zip(places, vectors, strict=True))
         return torch.stack([found[place] for place in kept])
 
@@ -251,7 +252,7 @@ class LinearGraph:
 
     def _read_by(self, table: _Table, pulled: Pulled, readers: list[int], edges: Tensor) -> None:
         """Writes the edges into some nodes."""
-        rows = torch.tensor(readers)
+        rows = beside(edges, readers)
         row_of = {id: row for row, id in enumerate(readers)}
         gradient = self.slope.new_zeros(len(readers), *self.slope.shape)
         answer = len(table.nodes) - 1
@@ -268,7 +269,7 @@ class LinearGraph:
             stack = self.stacks[index]
             nodes = None if step < 0 else stack.steps[step].nodes
             rest = _along(gradient, stack.start if nodes is None else nodes.total())
-            ids, at = table.of_step(index, step)
+            ids, at = (beside(gradient, some) for some in table.of_step(index, step))
             for part in blocks(len(ids), max(1, gradient.shape[1])):
                 pos = at[part, 0]
                 vectors = stack.start[pos] if nodes is None else nodes.writes(at[part])
@@ -286,7 +287,7 @@ class LinearGraph:
             if isinstance(step.nodes, Errors):
                 return 0.0
             ids, at = table.of_step(index, place)
-            mine = [i for i, id in enumerate(ids.tolist()) if id in row_of]
+            mine = [(row_of[id], place) for id, place in zip(ids, at, strict=True) if id in row_of]
             rest = row_of.get(table.ids.get(Node("rest", index, step.layer), -1))
             if not mine and rest is None:
                 return 0.0
@@ -295,8 +296,8 @@ class LinearGraph:
             read = self.slope.new_zeros(len(readers), *source.start.shape)
             whole = pulled.gradients[index, place]
             if mine:
-                own = [row_of[id] for id in ids[mine].tolist()]
-                read[own], inner[own] = step.nodes.read_each(whole, at[mine])
+                own, places = (beside(whole, some) for some in zip(*mine, strict=True))
+                read[own], inner[own] = step.nodes.read_each(whole, places)
             if rest is not None:
                 read[rest], inner[rest] = step.nodes.read(whole, ~step.nodes.mask(at))
             bias(index, step.layer, inner)
@@ -382,11 +383,11 @@ class _Table:
                 rest: dict[Node, Tensor] = {}
                 for step in (place - 1 for place, its in enumerate(layers) if its == layer):
                     found = graph.scores(pulled, index, step)
-                    at = some.get((index, step), _NOWHERE)
-                    for pos, column in at.tolist():
+                    at = some.get((index, step), [])
+                    for pos, column in at:
                         node = Node("node", index, layer, Place(index, step, pos, column))
                         scores[node] = found[pos, column].clone()
-                    found[at[:, 0], at[:, 1]] = 0
+                    found = found.where(~mask_of(found, at), 0)
                     errors = step >= 0 and isinstance(graph.stacks[index].steps[step].nodes, Errors)
                     node = Node("error rest" if errors else "rest", index, layer)
                     rest[node] = found.sum() + rest.get(node, 0)
@@ -404,34 +405,22 @@ class _Table:
         ids = {node: place for place, node in enumerate(nodes)}
         return cls(nodes, torch.stack([*scores.values()]), ids)
 
-    def of_step(self, index: int, step: int) -> tuple[Int[Tensor, " some"], Places]:
+    def of_step(self, index: int, step: int) -> tuple[list[int], list[tuple[int, int]]]:
         """Returns the nodes of a sublayer that are kept, and where they are."""
-        mine = [
-            (id, node.place.pos, node.place.column)
+        mine = {
+            id: (node.place.pos, node.place.column)
             for id, node in enumerate(self.nodes)
             if node.place is not None and node.place[:2] == (index, step)
-        ]
-        table = torch.tensor(mine, dtype=torch.long).view(-1, 3)
-        return table[:, 0], table[:, 1:]
+        }
+        return [*mine], [*mine.values()]
 
 
-_NOWHERE = torch.zeros(0, 2, dtype=torch.long)
-
-
-def listed(vectors: Sequence[Tensor]) -> list[list[Any]]:
-    """Returns the numbers of some vectors, whole or not, copied to the host at once."""
-    if not vectors:
-        return []
-    whole = torch.cat([vector.to(vectors[0].device) for vector in vectors])
-    return [part.tolist() for part in whole.cpu().split([len(vector) for vector in vectors])]
-
-
-def _by_step(kept: Sequence[Place]) -> dict[tuple[int, int], Places]:
+def _by_step(kept: Sequence[Place]) -> dict[tuple[int, int], list[tuple[int, int]]]:
     """Returns positions and columns of nodes by stack and sublayer, in order."""
     found: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for place in sorted(kept):
         found.setdefault((place.stack, place.step), []).append((place.pos, place.column))
-    return {key: torch.tensor(some) for key, some in found.items()}
+    return found
 
 
 def _along(gradient: Gradient, vector: Tensor | None) -> Float[Tensor, " some"]:

@@ -8,6 +8,7 @@ Tensors in, tensors out: one sentence, no tokens, no model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,7 +23,7 @@ from tl_contextmix.core.frozen_blocks import (
     FrozenFeedForward,
     FrozenStack,
 )
-from tl_contextmix.core.token_sums import FrozenNorm
+from tl_contextmix.core.token_sums import FrozenNorm, beside
 
 Gradient = Float[Tensor, "some pos d_model"]
 Places = Int[Tensor, "some 2"]
@@ -56,7 +57,7 @@ class Heads:
         """Returns what all of them write."""
         return torch.einsum("thd,hdm->tm", self.mixed, self._weight("W_O"))
 
-    def mask(self, at: Places | None) -> Bool[Tensor, "target head"]:
+    def mask(self, at: Sequence[tuple[int, int]]) -> Bool[Tensor, "target head"]:
         """Returns which nodes are these."""
         return mask_of(self.mixed[..., 0], at)
 
@@ -149,7 +150,7 @@ class FeedForwards:
         """The sublayer, at the positions of the sentence."""
         return self.frozen.sublayer.part(0)
 
-    def mask(self, at: Places | None) -> Bool[Tensor, "pos column"]:
+    def mask(self, at: Sequence[tuple[int, int]]) -> Bool[Tensor, "pos column"]:
         """Returns which nodes are these."""
         return mask_of(self.coefficients if self.split else self.coefficients[:, :1], at)
 
@@ -223,7 +224,7 @@ class Errors:
         """Returns what all of them write."""
         return self.missing
 
-    def mask(self, at: Places | None) -> Bool[Tensor, "pos column"]:
+    def mask(self, at: Sequence[tuple[int, int]]) -> Bool[Tensor, "pos column"]:
         """Returns which nodes are these."""
         return mask_of(self.missing[:, :1], at)
 
@@ -328,9 +329,9 @@ class LinearStack:
         return cls(name, start, tuple(steps), frozen.final_norm)
 
 
-def mask_of(like: Tensor, at: Places | None) -> Bool[Tensor, "pos column"]:
+def mask_of(like: Tensor, at: Sequence[tuple[int, int]]) -> Bool[Tensor, "pos column"]:
     """Returns which places of a table are these."""
-    result = torch.zeros_like(like, dtype=torch.bool)
-    if at is not None:
-        result[at[:, 0], at[:, 1]] = True
-    return result
+    result = torch.zeros(like.shape, dtype=torch.bool)
+    pos, column = torch.tensor(at, dtype=torch.long).view(-1, 2).T
+    result[pos, column] = True
+    return beside(like, result)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import FeedForward
 from tl_contextmix.core.feed_forward_parts import Bias
-from tl_contextmix.core.token_sums import TokenSum, blocks
+from tl_contextmix.core.token_sums import TokenSum, beside, blocks
 
 # Of which shares of neurons are made at once: fewer take longer, more take memory for nothing.
 _TARGETS = 16
@@ -46,4 +46,4 @@ def neuron_shares(
         tile = places if whole else slice(rows[places.start], rows[places.start] + 1)
         parts = (token_sum.dense(tile) * slope[:, None, tile] for token_sum, slope in branched)
         shares[:, places] = reduce(add, parts).transpose(1, 2)
-    return rest[:, list(rows)]
+    return rest[:, beside(rest, list(rows))]

@@ -44,7 +44,7 @@ from tl_contextmix.core.blocks import (
 )
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
-from tl_contextmix.core.token_sums import FrozenNorm
+from tl_contextmix.core.token_sums import FrozenNorm, beside
 from tl_contextmix.errors import UnsupportedModel
 
 Kind = Literal[
@@ -493,7 +493,8 @@ def _readable(
     Not simply those with a weight: weights of real tokens underflow.
     """
     cross = sublayer.kind == "cross"
-    real = trace.batch.side("encoder" if cross else sublayer.stack).mask.to(pattern.device)[at[0]]
+    side = trace.batch.side("encoder" if cross else sublayer.stack)
+    real = beside(pattern, side.mask)[at[0]]
     if not cross and sublayer.stack == "decoder":
         real = real & (torch.arange(real.shape[1], device=pattern.device) <= at[1][:, None])
     return real | (pattern != 0).any(dim=1)

@@ -37,7 +37,7 @@ from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.log_means import LogMean, Reach, log_mean
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import CACHE_BYTES, Scan, scan, tile_sizes
-from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.core.token_sums import beside, blocks
 
 NormRule = Literal["frozen", "frozen+beta", "recompute"]
 Columns = Callable[[slice | Tensor], Tensor]
@@ -201,6 +201,7 @@ class Vocabulary:
             before = self.log_probs(base[row : row + 1], row)
             start = self.hidden(base[row : row + 1], row)
             for part in (every if there is None else every[there[row].cpu()]).split(rows):
+                part = beside(vectors, part)
                 shift = self._shift(start, base[row], vectors[row, part], row)
                 result[row, part] = self._gained(_columns_of(before), shift, row, tile)
         return result

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from einops import einsum, rearrange
@@ -623,6 +623,25 @@ def within(columns: slice, span: slice) -> slice:
     """Returns a stretch's share of a span, counted from the span's start."""
     low = min(max(columns.start, span.start), span.stop)
     return slice(low - span.start, max(low, min(columns.stop, span.stop)) - span.start)
+
+
+def beside(like: Tensor | torch.device, numbers: Tensor | Sequence[Any]) -> Tensor:
+    """Returns numbers of the host on a device, or a tensor's; nothing waits until they are there.
+
+    What indexes a tensor on a GPU by numbers on the host waits for all that was asked of the GPU
+    before, and so does a copy that is not told otherwise. An Apple GPU reads the host's memory when
+    it comes to it, and is waited for.
+    """
+    device = like if isinstance(like, torch.device) else like.device
+    return torch.as_tensor(numbers).to(device, non_blocking=device.type != "mps")
+
+
+def listed(vectors: Sequence[Tensor]) -> list[list[Any]]:
+    """Returns the numbers of some vectors, whole or not, copied to the host at once."""
+    if not vectors:
+        return []
+    whole = torch.cat([vector.to(vectors[0].device) for vector in vectors])
+    return [part.tolist() for part in whole.cpu().split([len(vector) for vector in vectors])]
 
 
 def blocks(length: int, size: int) -> Iterator[slice]:

@@ -28,7 +28,7 @@ from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Tra
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.folded_weights import Branch, Folds, branches
 from tl_contextmix.core.later_attention import LaterAttention, added_after
-from tl_contextmix.core.token_sums import AttentionTerm, blocks
+from tl_contextmix.core.token_sums import AttentionTerm, beside, blocks
 from tl_contextmix.core.words import Spans
 
 
@@ -158,8 +158,7 @@ class ValueAblation:
                     changed = self._output(rows, removed, images)
                 else:
                     source, target = (
-                        place.to(removed.device, non_blocking=True)
-                        for place in among.nonzero(as_tuple=True)
+                        beside(removed, place) for place in among.nonzero(as_tuple=True)
                     )
                     changed = own.expand_as(removed).clone()
                     found = self._output(rows, removed, images, (source, target))

@@ -43,7 +43,7 @@ from tl_contextmix.core.tiled_logits import (
     Vocabulary,
     read_vocabulary,
 )
-from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.core.token_sums import beside, blocks
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, seen
 from tl_contextmix.results import Tokens
 from tl_contextmix.results.components import Grid
@@ -532,7 +532,7 @@ def _vectors_increase(
         there += [split.there, *(torch.ones(len(bias), 1, dtype=torch.bool) for bias in biases)]
         at += [read.index(split.step)] * (split.grid.count + len(biases))
     together = torch.cat(vectors, dim=1)
-    known = torch.cat([one.to(together.device) for one in there], dim=1)
+    known = torch.cat([beside(together, one) for one in there], dim=1)
     if any(name == "expert" for split in splits for name, _ in split.grid.axes):
         # Experts that no sentence is routed to write nothing, which gains nothing.
         known &= together.any(dim=2)
@@ -647,7 +647,7 @@ class _Search:
         owners = split_of.tolist()
         for index in sorted(set(owners)):
             mine = [place for place, owner in enumerate(owners) if owner == index]
-            mine = torch.tensor(mine).to(places.device, non_blocking=True)
+            mine = beside(places, mine)
             inside = (places[mine] - self.first[index])[None]
             vectors[mine] = self.splits[index].written(inside, rows)[0]
         before, at = self.before.at(self.steps[split_of])

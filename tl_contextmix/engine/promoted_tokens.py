@@ -8,16 +8,18 @@ other one of the first thousand. Only those that have not are read on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_contextmix.core.blocks import Block
+from tl_contextmix.core.blocks import Block, FeedForward
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import TILE_BYTES, Unembedding
+from tl_contextmix.core.token_sums import beside
 from tl_contextmix.core.token_sums import blocks as blocks_of
 from tl_contextmix.engine.memory_coefficients import (
     LayerComposition,
@@ -32,7 +34,7 @@ _TOGETHER = 512
 _FIRST = 16
 # Columns of W_U whose lengths are computed at once.
 _COLUMNS = 4096
-# Bytes of values that are compared together, and half of what they take.
+# Bytes of values that are read together, and half of what they take.
 _HELD = 2**26
 
 
@@ -83,13 +85,11 @@ def promoted_at(
     known = [table for table in tables if table is not None]
     if len(known) == len(tables):
         return torch.stack(known)
-    sizes, rows, held = _sizes(reader), list[tuple[Tensor, ...]](), 0
-    every = torch.arange(2 * width * len(blocks), device=named.device).view(len(blocks), -1)
-    read = list[tuple[Tensor, Tensor]]()
+    sizes, rows, read = _sizes(reader), list[tuple[Tensor, ...]](), list[Tensor]()
+    every = torch.arange(2 * width * len(blocks)).view(len(blocks), -1)
     for block, one, some, numbers in zip(blocks, found, named, every, strict=True):
         vectors, columns = values(require_feed_forward(block)), reader.W_U[:, one.ffn_top]
-        signed = vectors[some // 2] * (1 - some % 2 * 2)[:, None]
-        read.append((numbers[some], reader.hidden(signed)))
+        read.append(reader.hidden(vectors[some // 2] * (1 - some % 2 * 2)[:, None]))
         for side, active in enumerate(readout.firing(one)):
             for part in blocks_of(width, _TOGETHER):
                 hidden = reader.hidden(vectors[part] * (1 - 2 * side))
@@ -97,49 +97,81 @@ def promoted_at(
                 best, room = logits.amax(1), _rounding(hidden, sizes)
                 alike = logits >= (best - room)[:, None]
                 agree = (alike & active[:, part].T).any(1)
-                rows.append((agree, numbers[side::2][part], best + room, hidden))
-                held += hidden.nbytes
-                if held >= _HELD:
-                    read.append(_highest(reader, rows, len(one.ffn_top)))
-                    rows, held = [], 0
-    if rows:
-        read.append(_highest(reader, rows, len(found[0].ffn_top)))
+                rows.append((agree, best + room, numbers[side::2][part]))
+    agree, limits, numbers = map(torch.cat, zip(*rows, strict=True))
+    stay = _where(agree, 0.5)
+    others = _Values(reader, [require_feed_forward(block) for block in blocks], width)
+    kept = others.highest(numbers[stay], limits[beside(limits, stay)], found[0].ffn_top.numel())
+    which = torch.cat([beside(named, every).gather(1, named).flatten(), beside(named, kept)])
     # Read as whole layers are; ties of equal columns of W_U still depend on rounding.
-    which, vectors = map(torch.cat, zip(*read, strict=True))
-    tokens = reader.scan(vectors, sides=1).ids[:, 0, 0]
-    result = tokens.new_full((every.numel(),), -1)
-    result[which] = tokens
+    vectors = torch.cat([*read, *others.hidden(kept)])
+    result = named.new_full((every.numel(),), -1)
+    result[which] = reader.scan(vectors, sides=1).ids[:, 0, 0]
     return result.view(len(blocks), width, 2)
 
 
-def _highest(
-    reader: Unembedding, rows: Sequence[tuple[Tensor, ...]], tops: int
-) -> tuple[Int[Tensor, " row"], Float[Tensor, "row d_model"]]:
-    """Returns values of which no other token has a higher logit, as far as rounding lets one see.
+@dataclass(frozen=True)
+class _Values:
+    """The values of some layers, by number of [layer neuron side].
 
-    Args:
-        reader: How values are read.
-        rows: Of values: whether they are asked about, their numbers, the logit that none may
-            exceed, and what W_U multiplies.
-        tops: At how many tokens they were compared already.
+    Which of them are meant stands on the host, so that a GPU is waited for as often whatever their
+    number.
+
+    Attributes:
+        reader: How they are read.
+        ffs: The feed-forward sublayers.
+        width: How many values each has.
     """
-    agree, *left = map(torch.cat, zip(*rows, strict=True))
-    # Once for all of these: a GPU is waited for.
-    stay, start, W_U = _where(agree, 0.5), 0, reader.W_U
-    numbers, limits, hidden = (one[stay] for one in left)
-    while start < W_U.shape[1] and len(numbers):
-        room = TILE_BYTES // (4 * hidden.element_size() * len(numbers))
-        columns = slice(start, start + max(1, min(max((tops + start) // 2, _FIRST), room)))
-        logits = reader.finish(hidden @ W_U[:, columns], columns)
-        stay = _where(logits.amax(1) <= limits, (tops + start) / (tops + columns.stop))
-        numbers, limits, hidden = (one[stay] for one in (numbers, limits, hidden))
-        start = columns.stop
-    return numbers, hidden
+
+    reader: Unembedding
+    ffs: Sequence[FeedForward]
+    width: int
+
+    def hidden(self, numbers: Int[Tensor, " some"]) -> Iterator[Float[Tensor, "part d_model"]]:
+        """Yields what W_U multiplies, of values in the order of their numbers."""
+        W_U = self.reader.W_U
+        for part in numbers.split(max(1, _HELD // (len(W_U) * W_U.element_size()))):
+            found = []
+            for layer, ff in enumerate(self.ffs):
+                inside = part[part // (2 * self.width) == layer] % (2 * self.width)
+                if len(inside):
+                    signs = beside(W_U, 1 - inside % 2 * 2)[:, None]
+                    found.append(self.reader.hidden(values(ff.select(inside // 2)) * signs))
+            yield torch.cat(found)
+
+    def highest(
+        self, numbers: Int[Tensor, " some"], limits: Float[Tensor, " some"], tops: int
+    ) -> Int[Tensor, " left"]:
+        """Returns values of which no other token has a higher logit, as far as rounding lets see.
+
+        Args:
+            numbers: The values.
+            limits: The logit that none of a value's may exceed.
+            tops: At how many tokens they were compared already.
+        """
+        start, d_vocab = 0, self.reader.W_U.shape[1]
+        while start < d_vocab and len(numbers):
+            columns = slice(start, min(d_vocab, start + max((tops + start) // 2, _FIRST)))
+            best = torch.cat([self._best(hidden, columns) for hidden in self.hidden(numbers)])
+            stay = _where(best <= limits, (tops + start) / (tops + columns.stop))
+            numbers, limits, start = numbers[stay], limits[beside(limits, stay)], columns.stop
+        return numbers
+
+    def _best(self, hidden: Tensor, columns: slice) -> Float[Tensor, " some"]:
+        """Returns the highest logit of each value at some tokens."""
+        room = TILE_BYTES // (4 * hidden.element_size() * len(hidden))
+        found = []
+        for part in blocks_of(columns.stop - columns.start, room):
+            tokens = slice(columns.start + part.start, columns.start + part.stop)
+            found.append(self.reader.finish(hidden @ self.reader.W_U[:, tokens], tokens).amax(1))
+        return torch.stack(found).amax(0)
 
 
 def _where(mask: Tensor, share: float) -> Int[Tensor, " some"]:
-    """Returns where a mask is true, and on shapes alone how often it is in a random model."""
-    return torch.arange(round(share * len(mask))) if mask.is_meta else mask.nonzero()[:, 0]
+    """Returns where a mask is true, on the host; on shapes alone, how often in a random model."""
+    if mask.is_meta:
+        return torch.linspace(0, len(mask) - 1, round(share * len(mask))).long()
+    return mask.nonzero()[:, 0].cpu()
 
 
 def _sizes(reader: Unembedding) -> tuple[Tensor, Tensor]:

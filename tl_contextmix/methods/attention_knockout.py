@@ -24,6 +24,7 @@ from tl_contextmix.adapters.questions import (
     split_answer,
 )
 from tl_contextmix.core.model_view import Edit, StackName
+from tl_contextmix.core.token_sums import beside
 from tl_contextmix.core.validation import Layers, Positive, whole_number
 from tl_contextmix.engine.edited_runs import run_bytes
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, head_groups
@@ -209,7 +210,7 @@ def _without_edges(
         if cut is not None:
             edges = readers[:, None, :, None] & members[:, None, None, cut[2]]
             copy[:, slice(None) if cut[1] is None else cut[1]] = edges
-    kept = pattern.masked_fill(gone.flatten(0, 1).to(pattern.device), 0)
+    kept = pattern.masked_fill(beside(pattern, gone.flatten(0, 1)), 0)
     # In half precision a sum of many small numbers is far off.
     wide = torch.promote_types(pattern.dtype, torch.float32)
     before, after = (x.sum(-1, keepdim=True, dtype=wide) for x in (pattern, kept))

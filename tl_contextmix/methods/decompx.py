@@ -20,7 +20,7 @@ from tl_contextmix.core.first_block import first_parts, parts_of
 from tl_contextmix.core.frozen_blocks import FrozenStack, causal, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName, select_blocks
 from tl_contextmix.core.neuron_routes import Costs
-from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.core.token_sums import beside, blocks
 from tl_contextmix.core.validation import Layers, Positive, checked
 from tl_contextmix.engine.logit_maps import LogitReader, logit_map
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Bias
@@ -411,7 +411,7 @@ def _require_complete(forward_pass: Pass, asked: tuple[Block, ...], totals: list
     """Raises UnsupportedModel unless the vectors add up to the model's own residual streams."""
     errors = []
     for block, total in zip(asked, totals, strict=True):
-        padding = ~forward_pass.target.mask.to(total.device)[..., None]
+        padding = beside(total, ~forward_pass.target.mask)[..., None]
         expected = forward_pass.trace[block.resid_out]
         off = (total - expected).masked_fill(padding, 0).abs().max()
         size = expected.masked_fill(padding, 0).abs().max()

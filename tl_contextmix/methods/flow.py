@@ -15,8 +15,9 @@ from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Input
 from tl_contextmix.adapters.questions import AnswerInputs, split_answer
 from tl_contextmix.core.graph_pruning import kept_by_influence
-from tl_contextmix.core.linear_graph import Graph, LinearGraph, Node, Place, Pulled, listed
+from tl_contextmix.core.linear_graph import Graph, LinearGraph, Node, Place, Pulled
 from tl_contextmix.core.linear_steps import FeedForwards, Heads
+from tl_contextmix.core.token_sums import listed
 from tl_contextmix.core.validation import Positive, Rule
 from tl_contextmix.engine.linear_graphs import linear_graph, require_sums, run_single
 from tl_contextmix.engine.log_prob_scores import Prediction

@@ -14,7 +14,7 @@ from tl_contextmix.adapters.inputs import Input
 from tl_contextmix.adapters.questions import AnswerInputs, split_answer
 from tl_contextmix.core.blocks import Trace
 from tl_contextmix.core.flow_routes import RouteNode, find_routes
-from tl_contextmix.core.linear_graph import listed
+from tl_contextmix.core.token_sums import listed
 from tl_contextmix.core.validation import Positive, Rule
 from tl_contextmix.engine.linear_graphs import (
     linear_graph,

@@ -17,6 +17,7 @@ from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Input
 from tl_contextmix.adapters.questions import AnswerInputs, Direction, split_answer
 from tl_contextmix.core.tiled_logits import NormRule, Vocabulary
+from tl_contextmix.core.token_sums import beside
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
     By,
@@ -232,11 +233,11 @@ def _all(prediction: Prediction, splits: list[Split], score: Score) -> _Found:
     labels, gaps = [], torch.full_like(trajectory, torch.nan)
     parts, vocabulary = torch.zeros_like(trajectory), prediction.vocabulary
     for split, (found, *biases) in zip(splits, each, strict=True):
-        found = found.masked_fill(~split.there.to(trajectory.device), torch.nan)
+        found = found.masked_fill(~beside(found, split.there), torch.nan)
         step = split.step + 1
         parts[:, step] += found.nansum(dim=1)
         columns["scores"].append(found)
-        columns["coefficients"].append(split.coefficients.to(found))
+        columns["coefficients"].append(beside(found, split.coefficients).to(found.dtype))
         columns["logits"].append(_logits(prediction, split))
         labels.append(split.grid.table())
         for bias in biases:

@@ -14,6 +14,7 @@ from tl_contextmix.adapters.inputs import Given, Input, Inputs, word_table
 from tl_contextmix.adapters.passes import Pass, run_pass
 from tl_contextmix.adapters.questions import Pos, predicting_rows
 from tl_contextmix.core.blocks import FeedForward
+from tl_contextmix.core.token_sums import beside
 from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.memory_coefficients import (
     CASES,
@@ -119,7 +120,7 @@ def ff_memories(
             for block in forward_pass.progress("ff_memories")
         ]
         norms = torch.stack([values(ff).norm(dim=-1) for ff in ffs])
-        places = _places(forward_pass, pos)
+        places = beside(found[0].coefficients, _places(forward_pass, pos))
         named = torch.stack(
             [
                 _named(one.coefficients[places], norm, k or 1)

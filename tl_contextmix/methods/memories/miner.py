@@ -16,6 +16,7 @@ from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import ModelView, StackName, select_blocks
 from tl_contextmix.core.pieces import replace_parts
+from tl_contextmix.core.token_sums import beside
 from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import (
     QUADRANTS,
@@ -133,17 +134,23 @@ class Miner:
         quads = self.tails == "quadrants"
         names = [name for ff in ffs for name in (branch_names(ff) if quads else (ff.post,))]
         trace = self.view.run(documents.batch, list(dict.fromkeys(names)), logits=False)
-        device = self.view.device
-        counted, ids = documents.counted.to(device), documents.batch.side(self.stack).ids.to(device)
-        places = pack_places(documents.numbers.to(device), ids.shape[1])
-        hashes = documents.hashes.to(device)[:, None].expand_as(ids)
-        entries = [places, pack_tokens(ids, documents.next_ids.to(device)), hashes]
+        side = documents.batch.side(self.stack)
+        there = [documents.counted, side.ids, documents.numbers, documents.hashes]
+        there += [documents.next_ids, side.mask]
+        counted, ids, numbers, hashes, next_ids, mask = (
+            beside(self.view.device, one) for one in there
+        )
+        entries = [
+            pack_places(numbers, ids.shape[1]),
+            pack_tokens(ids, next_ids),
+            hashes[:, None].expand_as(ids),
+        ]
         once = counted
         if self.duplicates == "drop":
-            entries.append(self._keys(ids, documents.batch.side(self.stack).mask.to(device)))
+            entries.append(self._keys(ids, mask))
             # Each context in the first of its places only.
             once = counted.clone()
-            once[counted] = first_of_each(entries[3][counted], places[counted])
+            once[counted] = first_of_each(entries[3][counted], entries[0][counted])
         for some in self._together(trace):
             self._require_finite(some, trace, counted)
             named = [(b.layer, *pair) for b, found in some for pair in self._tails(b, found, trace)]

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_contextmix.core.token_sums import beside
 from tl_contextmix.methods.memories.corpus_formats import TOKEN_BITS
 
 POSITION_BITS = 20
@@ -197,7 +198,7 @@ def update_all(
     if not len(live):
         return
     ends = [0, *accumulate(one.shape[1] for one in scores)]
-    cuts = torch.searchsorted(live, torch.tensor(ends, device=live.device)).tolist()
+    cuts = torch.searchsorted(live, beside(live, ends)).tolist()
     wide = 1 if along is None else 1 + along[0].shape[1]
     sizes = [(stop - start) * len(counted) * wide for start, stop in pairwise(cuts)]
     for some in _groups(sizes, _TOGETHER // scores[0].element_size()):
@@ -205,11 +206,11 @@ def update_all(
         alone = len(some) == 1 and 2 * sizes[some[0]] >= scores[some[0]].numel() * wide
         columns = [None if alone else live[cuts[i] : cuts[i + 1]] - ends[i] for i in some]
         state = _joined([tops[i] for i in some], columns)
-        beside = None if along is None else _picked([along[i] for i in some], columns)
+        also = None if along is None else _picked([along[i] for i in some], columns)
         state._take(
             _picked([scores[i] for i in some], columns),
             counted,
-            lambda rows, where, values, beside=beside: locate(rows, where, values, beside),
+            lambda rows, where, values, also=also: locate(rows, where, values, also),
             repeats,
         )
         first = 0
