@@ -150,6 +150,17 @@ def test_few_values_are_read_as_all_are(
 
 
 @pytest.mark.once
+def test_nothing_agrees_where_nothing_is_active() -> None:
+    model = zoo.build(case_of("gpt2"))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.b_in.fill_(-1000)
+    few, every = (cm.ff_memories(model, torch.arange(5, 9)[None], k=k) for k in (2, None))
+    require_alike(few, every)
+    assert not few.agreeing.any()
+
+
+@pytest.mark.once
 def test_a_first_call_reads_few_values() -> None:
     """Two fifths of a pass and of what reads states; to read all values is more than the whole."""
     model = random_gpt2(words=20_000, positions=64)

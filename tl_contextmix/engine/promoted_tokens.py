@@ -137,7 +137,8 @@ class _Values:
                 if len(inside):
                     signs = beside(W_U, 1 - inside % 2 * 2)[:, None]
                     found.append(self.reader.hidden(values(ff.select(inside // 2)) * signs))
-            yield torch.cat(found)
+            if found:
+                yield torch.cat(found)
 
     def highest(
         self, numbers: Int[Tensor, " some"], limits: Float[Tensor, " some"], tops: int
