@@ -20,7 +20,14 @@ from tl_contextmix.core.activations import Activation, gated_slopes
 from tl_contextmix.core.attention_terms import GatedTerm
 from tl_contextmix.core.neuron_routes import transmit
 from tl_contextmix.core.score_forms import HeadNorm
-from tl_contextmix.core.token_sums import AttentionTerm, Norm, beside, ends_of, through_neurons
+from tl_contextmix.core.token_sums import (
+    AttentionTerm,
+    Norm,
+    beside,
+    ends_of,
+    multiply,
+    through_neurons,
+)
 from tl_contextmix.errors import UnsupportedModel
 
 FOLD_BYTES = 2**28
@@ -480,7 +487,7 @@ class FeedForward(Sublayer):
 
     def write(self, coefficients: Float[Tensor, "... neuron"]) -> Float[Tensor, "... d_model"]:
         """Returns the sum of the value vectors, each times its coefficient."""
-        return coefficients @ self.W_out
+        return multiply(coefficients, self.W_out)
 
     def along(self, gradient: Float[Tensor, "... d_model"]) -> Float[Tensor, "... neuron"]:
         """Returns the inner products with value vectors: the coefficients' gradient."""
@@ -985,7 +992,7 @@ def require_weight(weights: Weights, name: str) -> Tensor:
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns ``x weight + bias``."""
-    return shift(x @ weight, bias)
+    return shift(multiply(x, weight), bias)
 
 
 def shift(x: Tensor, bias: Tensor | None) -> Tensor:

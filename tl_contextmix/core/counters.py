@@ -32,6 +32,11 @@ def _rows(rows: Tensor, matrices: Tensor, *others: Any, **options: Any) -> int:
     return 2 * rows.shape[0] * matrices.shape[-2] * matrices.shape[-1]
 
 
+def _linear(rows: Tensor, matrix: Tensor, *others: Any, **options: Any) -> int:
+    """Returns the operations of a product, the matrix's rows being those of its result."""
+    return 2 * rows.numel() * matrix.shape[0]
+
+
 class Operations(TorchDispatchMode):
     """Counts the operations done while it is active; see `count_operations`.
 
@@ -45,7 +50,7 @@ class Operations(TorchDispatchMode):
     table: ClassVar[Mapping[Any, Callable[..., int]]] = {
         **flop_registry,
         torch.ops.aten._grouped_mm: _rows,
-        torch.ops.aten.mkldnn_linear: _rows,
+        torch.ops.mkldnn._linear_pointwise: _linear,
     }
 
     def __init__(self) -> None:

@@ -37,6 +37,7 @@ from tl_contextmix.core.token_sums import (
     TokenSum,
     beside,
     blocks,
+    multiply,
     through_neurons,
     within,
 )
@@ -138,7 +139,7 @@ class FeedForwardParts:
                 share *= slope[:, None, rows, part]
                 shares = share if shares is None else shares.add_(share)
             assert shares is not None
-            found = shares.transpose(0, 1).to(W_out.dtype) @ W_out
+            found = multiply(shares.transpose(0, 1).to(W_out.dtype), W_out)
             found = found.to(self.bias.dtype).transpose(0, 1)
             out = found if out is None else out.add_(found)
         assert out is not None
@@ -175,7 +176,8 @@ class FeedForwardParts:
         reads = [token_sum.terms[term] for token_sum in self.hidden]
         weights = [read.weight.flatten(0, 1) for read in reads]
         matrix = fold(weights, self.slopes, self.W_out, row, target)
-        out = reads[0].before_weights(row, target, sources).to(matrix.dtype) @ matrix
+        read = reads[0].before_weights(row, target, sources)
+        out = multiply(read.to(matrix.dtype), matrix)
         if term == 0 and sources.start <= target < sources.stop:
             for token_sum, slope in zip(self.hidden, self.slopes, strict=True):
                 if token_sum.own is not None:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, shift
-from tl_contextmix.core.token_sums import AttentionTerm, FrozenNorm, Keep
+from tl_contextmix.core.token_sums import AttentionTerm, FrozenNorm, Keep, multiply
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def branches(
         if second is not None and second.bias is not None:
             constant = constant + second.bias @ weight
         if first is not None:
-            changed = raw @ weight
+            changed = multiply(raw, weight)
         elif pre is None:
-            changed = (raw + base) @ weight
+            changed = multiply(raw + base, weight)
         else:
             # One scale at most lies between the neurons and what entered.
             changed = (pre[index] - constant) * scale
@@ -123,7 +123,7 @@ class Folds:
             self.checked = True
         known = kept.get(name)
         if known is None:
-            known = kept[name] = (_marks(W_O, W_in), W_O @ W_in)
+            known = kept[name] = (_marks(W_O, W_in), multiply(W_O, W_in))
         return known[1]
 
     def _drop_stale(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
-from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.core.token_sums import blocks, multiply
 
 STRETCH_BYTES = 2**22
 """Single-precision bytes of a stretch; smaller weights are copied."""
@@ -135,7 +135,7 @@ def _product(x: Tensor, held: Tensor) -> Tensor:
     if held.stride(0) <= held.stride(1):  # columns lie together
         out = x.new_empty(len(x), width)
         for part in blocks(width, max(1, room // max(1, inner))):
-            torch.mm(x, _converted(held[:, part], x.dtype), out=out[:, part])
+            out[:, part] = multiply(x, _converted(held[:, part], x.dtype))
         return out
     out = x.new_zeros(len(x), width)
     for part in blocks(inner, max(1, room // max(1, width))):

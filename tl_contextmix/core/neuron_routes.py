@@ -18,7 +18,7 @@ from typing import Literal
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_contextmix.core.token_sums import through_neurons
+from tl_contextmix.core.token_sums import multiply, through_neurons
 
 Route = Literal["all", "active", "folded"]
 
@@ -148,7 +148,7 @@ def transmit(
     out = parts.new_empty(count, pairs, d_out)
     if route == "folded":
         for place in range(count):
-            out[place] = parts[place] @ fold(weights, slopes, W_out, place)
+            out[place] = multiply(parts[place], fold(weights, slopes, W_out, place))
         return out
     assert used is not None
     rows = [weight.T.contiguous() for weight in weights]
@@ -182,4 +182,4 @@ def fold(
         one = weight * slope[place]
         inner = one if inner is None else inner.add_(one)
     assert inner is not None
-    return inner.to(W_out.dtype) @ W_out
+    return multiply(inner.to(W_out.dtype), W_out)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import require_weight
 from tl_contextmix.core.model_view import Readout
-from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.core.token_sums import blocks, multiply
 from tl_contextmix.errors import InvalidInput
 
 Projection = Literal["none", "folded", "frozen", "head", "model"]
@@ -136,7 +136,7 @@ def scan(
             at = torch.einsum("vm,vm->v", hidden[part], columns)
             some.aim(targets[part], finish(at, targets[part]))
         for columns in blocks(weight.shape[1], max(k, tile)):
-            some.take(finish(hidden[part] @ weight[:, columns], columns), columns)
+            some.take(finish(multiply(hidden[part], weight[:, columns]), columns), columns)
         found.append(some.scan())
     return Scan.join(found)
 

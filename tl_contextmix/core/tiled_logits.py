@@ -30,20 +30,17 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import linear
 
 from tl_contextmix.core.blocks import require_weight, shift
 from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.log_means import LogMean, Reach, log_mean
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import CACHE_BYTES, Scan, scan, tile_sizes
-from tl_contextmix.core.token_sums import beside, blocks
+from tl_contextmix.core.token_sums import beside, blocks, multiply
 
 NormRule = Literal["frozen", "frozen+beta", "recompute"]
 Columns = Callable[[slice | Tensor], Tensor]
 """Numbers of some tokens."""
-# Of fewer vectors oneDNN takes longer to lay out W_U anew than it saves.
-_MANY = 128 if torch.backends.mkldnn.is_available() else torch.inf
 
 
 @dataclass(frozen=True)
@@ -259,11 +256,7 @@ class Vocabulary:
 
     def _moved_by(self, moved: Float[Tensor, "some d_model"]) -> Columns:
         """Returns the function that multiplies vectors with a part of W_U."""
-        if not (len(moved) >= _MANY and moved.is_cpu and moved.dtype == torch.float32):
-            return lambda part: moved @ self.weight[:, part]
-        # oneDNN takes half of the time of MKL, which leaves AVX-512 to Intel's processors.
-        many = moved.to_mkldnn()
-        return lambda part: linear(many, self.weight[:, part].T.to_mkldnn()).to_dense()
+        return lambda part: multiply(moved, self.weight[:, part])
 
     def _gained(
         self, before: Columns, shift: Columns, row: int, tile: int

@@ -210,7 +210,7 @@ class AttentionTerm:
         value = self.value[:, sources].transpose(0, 1)
         # One matrix of all heads is read once, not for each of them.
         if self.shared:
-            found = value.flatten(0, 2) @ self.weight[0]
+            found = multiply(value.flatten(0, 2), self.weight[0])
             return found.view(*value.shape[:3], found.shape[1]).transpose(0, 1)
         out = einsum(
             value,
@@ -613,10 +613,30 @@ def through_neurons(
     """Returns what parts become by the slopes of each branch's neurons; in the dtype of W_out."""
     shares = None
     for weight, slope in zip(weights, slopes, strict=True):
-        share = (parts @ weight).mul_(slope)
+        share = multiply(parts, weight).mul_(slope)
         shares = share if shares is None else shares.add_(share)
     assert shares is not None
-    return shares.to(W_out.dtype) @ W_out
+    return multiply(shares.to(W_out.dtype), W_out)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Multiplications: fewer are over by the time that oneDNN has begun.
+_LARGE = 2**22 if torch.backends.mkldnn.is_available() else torch.inf
+
+
+def multiply(
+    x: Float[Tensor, "*some d_in"], weight: Float[Tensor, "d_in d_out"]
+) -> Float[Tensor, "*some d_out"]:
+    """Returns ``x @ weight``, of large matrices in float32 on a CPU by oneDNN.
+
+    It takes half of the time of MKL on AMD's processors, which MKL does not use AVX-512 of.
+    """
+    large = x.numel() * weight.shape[1] >= _LARGE
+    if large and all(type(one) in _PLAIN and one.is_cpu for one in (x, weight)):
+        followed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if x.dtype == weight.dtype == torch.float32 and not followed:
+            return torch.ops.mkldnn._linear_pointwise(x, weight.T, None, "none", [], "")
+    return x @ weight
 
 
 def within(columns: slice, span: slice) -> slice:
