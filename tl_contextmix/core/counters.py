@@ -118,4 +118,4 @@ class Memory(TorchDispatchMode):
 @no_type_check
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-    return [tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn]
+    return [tensor.untyped_storage() for tensor in tensors]

@@ -622,6 +622,9 @@ def through_neurons(
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Multiplications: fewer are over by the time that oneDNN has begun.
 _LARGE = 2**22 if torch.backends.mkldnn.is_available() else torch.inf
+# Vectors: for fewer it takes longer to lay out a part of a matrix anew than is saved. What is not
+# laid out densely takes oneDNN a thousand times as long.
+_MANY = 128
 
 
 def multiply(
@@ -629,14 +632,18 @@ def multiply(
 ) -> Float[Tensor, "*some d_out"]:
     """Returns ``x @ weight``, of large matrices in float32 on a CPU by oneDNN.
 
-    It takes half of the time of MKL on AMD's processors, which MKL does not use AVX-512 of.
+    It takes half of the time of MKL on AMD's processors, whose AVX-512 MKL does not use.
     """
     large = x.numel() * weight.shape[1] >= _LARGE
-    if large and all(type(one) in _PLAIN and one.is_cpu for one in (x, weight)):
-        followed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if x.dtype == weight.dtype == torch.float32 and not followed:
-            return torch.ops.mkldnn._linear_pointwise(x, weight.T, None, "none", [], "")
-    return x @ weight
+    if not (large and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu):
+        return x @ weight
+    dense = weight.is_contiguous() or weight.T.is_contiguous()
+    followed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    plain = type(x) in _PLAIN and type(weight) in _PLAIN
+    if followed or not plain or not (dense or x.numel() >= _MANY * x.shape[-1]):
+        return x @ weight
+    rows = (weight if dense else weight.contiguous()).T
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), rows, None, "none", [], "")
 
 
 def within(columns: slice, span: slice) -> slice:
