@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from einops import einsum, rearrange
@@ -284,7 +284,7 @@ class AttentionTerm:
         kept = None if self.kept is None else self.kept[..., part]
         return replace(self, weight=self.weight[:, :, part], kept=kept)
 
-    def row(self: T, batch: slice, **also: Tensor) -> T:
+    def row(self: T, batch: slice, **also: Any) -> T:
         """Returns the read of some rows of the batch; ``also``: fields of a kind of its own."""
         return replace(
             self,
@@ -301,7 +301,7 @@ class AttentionTerm:
         first = 0 if sources is None else sources.start
         return replace(self, kept=self.vectors(sources), first=first)
 
-    def through(self: T, heads: slice | Sequence[int], **also: Tensor) -> T:
+    def through(self: T, heads: slice | Sequence[int], **also: Any) -> T:
         """Returns a read of the same sources through some of its heads; none costs nothing."""
         heads = heads if isinstance(heads, slice) else list(heads)
         pattern = self.pattern[:, heads]
