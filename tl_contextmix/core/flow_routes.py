@@ -295,7 +295,7 @@ class _Search:
         vector = value.shape[0] * state.value.shape[1] * value.element_size()
         pairs = room // (4 * vector)
 
-        def written(some: slice, targets: slice) -> Float[Tensor, "head #target source d_model"]:
+        def written(some: slice, targets: slice) -> Float[Tensor, "head target source d_model"]:
             read = value[None, :, some]
             read = read if gate is None else read * gate[0, rows[targets], None, some]
             vectors = torch.einsum("tshd,hdm->htsm", read, sublayer.W_O[some])
