@@ -356,3 +356,20 @@ def test_heads_and_spans_of_a_gated_model() -> None:
     assert relative(norms, torch.stack([one.norm(dim=-1) for one in alone], dim=2)) <= 1e-10
     spans = cm.value_zeroing(model, tokens, spans=[(0, 2), (2, 7)])
     assert bool(spans.scores.isfinite().all())
+
+
+def test_routes_through_gated_heads_are_those_of_their_parts() -> None:
+    model, tokens = built("qwen3_5_text")[0], given().tokens[:1]
+    found = cm.information_flow_routes(model, tokens, threshold=0.0)
+    parts = cm.decompose(model, tokens, at="attn_out", layer=1, heads=True).parts[0, 0, :, -1]
+    _, cache = model.run_with_cache(tokens)
+    before, state = (cache[f"blocks.1.hook_{name}"][0, -1] for name in ("resid_pre", "resid_mid"))
+    each = torch.cat([before.detach()[None], parts.flatten(0, 1)])
+    near = (state.abs().sum() - (each - state).abs().sum(dim=-1)).clamp(min=0).detach()
+    shares = (near / near.sum())[1:].view(parts.shape[:2]).sum(dim=1)
+    places = {(n.kind, n.layer, n.pos, n.head): place for place, n in enumerate(found.nodes)}
+    mid = places["resid_mid", 1, found.pos, -1]
+    for head, share in enumerate(shares.tolist()):
+        place = places.get(("attn", 1, found.pos, head))
+        ours = 0.0 if place is None else float(found.edges[mid, place])
+        assert ours == pytest.approx(share, abs=1e-6)

@@ -388,6 +388,19 @@ def test_messages_name_the_hook_and_the_way_out(case: zoo.Case) -> None:
 
 
 @pytest.mark.parametrize("case", GPT2)
+def test_no_logit_is_taken_apart_where_hooks_change_the_readout(case: zoo.Case) -> None:
+    model, given = shared(case)
+    name = f"ln_final.hook_{'out' if hasattr(model, 'original_model') else 'normalized'}"
+    ways = {cm.log_prob_contributions: {}, cm.flow: {}, cm.decompx: {"of": "logit"}}
+    for method, options in {**ways, cm.alti: {"of": "logit"}}.items():
+        with (
+            model.hooks(fwd_hooks=[(name, halve_heads)]),
+            pytest.raises(cm.UnsupportedModel, match="Take off hooks on the final norm"),
+        ):
+            method(model, given.tokens[:1], **options)
+
+
+@pytest.mark.parametrize("case", GPT2)
 def test_check_says_that_hooks_were_off(case: zoo.Case) -> None:
     model, _ = shared(case)
     assert not cm.check(model).hooked

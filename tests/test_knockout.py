@@ -96,15 +96,9 @@ def test_the_mean_is_that_of_real_tokens() -> None:
     view = view_of(model)
     blocks = view.blocks()
     name = blocks[-1].feed_forward.post
-    found = cm.knockout(
-        model,
-        given.tokens,
-        neurons=[(len(blocks) - 1, 3)],
-        attention_mask=mask,
-        replace_with="mean",
-        controls=0,
-        target=9,
-    )
+    options: dict[str, Any] = {"replace_with": "mean", "controls": 0, "target": 9}
+    options |= {"neurons": [(len(blocks) - 1, 3)], "attention_mask": mask}
+    found = cm.knockout(model, given.tokens, **options)
     _, cache = model.run_with_cache(given.tokens, attention_mask=mask)
     post = cache[name]
     mean = post[mask.bool()][:, 3].mean()
@@ -116,6 +110,9 @@ def test_the_mean_is_that_of_real_tokens() -> None:
     rows = stream[[0, 1], [3, 5]]
     expected = view.readout(rows).log_softmax(dim=-1)[:, 9]
     torch.testing.assert_close(found.after[:, 0], expected)
+    # The same at whatever positions the sentences are asked about.
+    every = cm.knockout(model, given.tokens, **options, pos="all")
+    torch.testing.assert_close(every.after[[3, 9]], found.after)
 
 
 def test_random_controls_are_as_many_others_of_the_same_kinds() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -70,18 +71,18 @@ class GatedTerm(AttentionTerm):
         weight = self.weight @ matrix if keep is None else keep(self.weight, matrix)
         return replace(self, weight=weight)
 
-    def row(self, batch: slice) -> GatedTerm:
+    def row(self, batch: slice, **_: Any) -> GatedTerm:
         """Returns the read of some rows of the batch."""
-        return replace(super().row(batch), gate=self.gate[batch])
+        return super().row(batch, gate=self.gate[batch])
 
     def ready(self, sources: slice | None = None) -> GatedTerm:
         """Returns the read itself: there is nothing to keep."""
         return self
 
-    def through(self, heads: slice | Sequence[int]) -> GatedTerm:
+    def through(self, heads: slice | Sequence[int], **_: Any) -> GatedTerm:
         """Returns the read through some of its heads."""
         heads = heads if isinstance(heads, slice) else list(heads)
-        return replace(super().through(heads), gate=self.gate[:, :, heads])
+        return super().through(heads, gate=self.gate[:, :, heads])
 
     def head_norms(self) -> Float[Tensor, "batch head target source"]:
         """Returns the norm each head reads from each source."""

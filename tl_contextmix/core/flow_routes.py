@@ -287,7 +287,7 @@ class _Search:
         """Returns the importance of what each head reads from each source."""
         sublayer, norm = one
         pattern = self._trace.mixing(sublayer)[0][:, rows]
-        value = self._trace.value(sublayer)[0]
+        value, gate = self._trace.value(sublayer)[0], self._trace.gate(sublayer)
         scale = norm.scale[0, rows] * state.norm.scale[0, rows]
         found = torch.zeros_like(pattern)
         room = self._max_bytes
@@ -295,10 +295,18 @@ class _Search:
             room = min(room, CACHE_BYTES)
         vector = value.shape[0] * state.value.shape[1] * value.element_size()
         pairs = room // (4 * vector)
+
+        def written(some: slice, targets: slice) -> Float[Tensor, "head target source d_model"]:
+            read = value[None, :, some]
+            read = read if gate is None else read * gate[0, rows[targets], None, some]
+            vectors = torch.einsum("tshd,hdm->htsm", read, sublayer.W_O[some])
+            return state.norm.unscaled(norm.unscaled(vectors))
+
         for some in blocks(len(found), pairs):
-            vectors = torch.einsum("shd,hdm->hsm", value[:, some], sublayer.W_O[some])
-            vectors = state.norm.unscaled(norm.unscaled(vectors))[:, None]
-            for part in blocks(len(rows), pairs // len(vectors)):
+            # Without a gate they are the same at every target.
+            shared = written(some, slice(0)) if gate is None else None
+            for part in blocks(len(rows), pairs // len(pattern[some])):
+                vectors = written(some, part) if shared is None else shared
                 parts = vectors * (pattern[some, part] / scale[part])[..., None]
                 found[some, part] = importance(parts, state.value[rows[part]][:, None])
         return found.transpose(0, 1)

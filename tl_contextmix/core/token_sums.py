@@ -284,10 +284,11 @@ class AttentionTerm:
         kept = None if self.kept is None else self.kept[..., part]
         return replace(self, weight=self.weight[:, :, part], kept=kept)
 
-    def row(self: T, batch: slice) -> T:
-        """Returns the read of some rows of the batch."""
+    def row(self: T, batch: slice, **also: Any) -> T:
+        """Returns the read of some rows of the batch; ``also``: fields of a kind of its own."""
         return replace(
             self,
+            **also,
             pattern=self.pattern[batch],
             value=self.value[batch],
             scale=self.scale[batch],
@@ -300,12 +301,13 @@ class AttentionTerm:
         first = 0 if sources is None else sources.start
         return replace(self, kept=self.vectors(sources), first=first)
 
-    def through(self: T, heads: slice | Sequence[int]) -> T:
+    def through(self: T, heads: slice | Sequence[int], **also: Any) -> T:
         """Returns a read of the same sources through some of its heads; none costs nothing."""
         heads = heads if isinstance(heads, slice) else list(heads)
         pattern = self.pattern[:, heads]
         return replace(
             self,
+            **also,
             pattern=pattern,
             value=self.value[:, :, heads],
             weight=self.weight[: pattern.shape[1]] if self.shared else self.weight[heads],

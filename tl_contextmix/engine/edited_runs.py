@@ -39,8 +39,11 @@ class Ablation:
     def before(self, sets: list[Components]) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
         """Returns the logits of the model as it is, and the means of what is to be replaced.
 
-        Means are over the real tokens of the input.
+        Means are over the real tokens of the input, those of each sentence once, at however many
+        positions it is asked about.
         """
+        sentences = self.question.sentences.tolist()
+        once = [sentences.index(sentence) for sentence in dict.fromkeys(sentences)]
         touched = [
             one
             for one in every_place(self.forward_pass.view)
@@ -50,8 +53,8 @@ class Ablation:
         means = {}
         for one in touched:
             stack = "encoder" if one.kind.startswith("encoder ") else self.forward_pass.stack
-            values = one.values(trace)
-            means[one.place] = values[trace.batch.side(stack).mask.to(values.device)].mean(dim=0)
+            values, real = one.values(trace)[once], trace.batch.side(stack).mask[once]
+            means[one.place] = values[real.to(values.device)].mean(dim=0)
         return self._read(trace), means
 
     def run(self, some: Components, filling: Mapping[tuple[str, int], Tensor]) -> Tensor:

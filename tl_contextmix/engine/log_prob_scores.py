@@ -297,17 +297,31 @@ def _logits(question: Question, trace: Trace, stream: Stream) -> Float[Tensor, "
     if trace.logits is None:
         return question.require(view.readout(stream.total))
     logits = question.read(trace.logits)
-    hooked = view.hooked()
-    if hooked:
-        error = float((view.readout(stream.total) - logits).abs().max() / logits.abs().max())
-        if not error <= view.tolerance:
-            raise UnsupportedModel(
-                f"hooks of your own change what {view.name} reads from its stream",
-                f"{', '.join(hooked[:3])}, and logits with a relative error of {error:.2g}",
-                f"at most {view.tolerance:.0e}",
-                "Take off hooks on the final norm and on the unembedding: they are not followed.",
-            )
+    require_read(view, stream.total, logits)
     return logits
+
+
+def require_read(
+    view: ModelView, stream: Float[Tensor, "row d_model"], logits: Float[Tensor, "row d_vocab"]
+) -> None:
+    """Raises UnsupportedModel where hooks of the user's own change what the stream is read as.
+
+    Args:
+        view: The model.
+        stream: Its last stream.
+        logits: What it says itself.
+    """
+    hooked = view.hooked()
+    if not hooked:
+        return
+    error = float((view.readout(stream) - logits).abs().max() / logits.abs().max())
+    if not error <= view.tolerance:
+        raise UnsupportedModel(
+            f"hooks of your own change what {view.name} reads from its stream",
+            f"{', '.join(hooked[:3])}, and logits with a relative error of {error:.2g}",
+            f"at most {view.tolerance:.0e}",
+            "Take off hooks on the final norm and on the unembedding: they are not followed.",
+        )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tl_contextmix.adapters.questions import AnswerInputs, Question, predictions
 from tl_contextmix.core.model_view import ModelView, StackName, select_blocks
 from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
 from tl_contextmix.core.validation import Layers
+from tl_contextmix.engine.log_prob_scores import require_read
 from tl_contextmix.errors import InvalidInput, UnsupportedModel
 from tl_contextmix.results import ContextMap
 
@@ -79,7 +80,7 @@ def logit_map(
 
     Raises:
         InvalidInput: If the stack predicts nothing.
-        UnsupportedModel: If the readout is not linear.
+        UnsupportedModel: If the readout is not linear, or hooks of the user's own change it.
     """
     if view.base_stack(stack) != view.base_stack(None):
         raise InvalidInput(
@@ -147,7 +148,11 @@ def _reader(part: Pass, question: Question, max_bytes: int) -> LogitReader:
     rows = question.rows.to(stream.device)
     final = stream[torch.arange(len(rows), device=rows.device), rows]
     logits, readout = part.trace.logits, part.view.readout
-    own = readout(final) if logits is None else question.read(logits)
+    if logits is None:
+        own = readout(final)
+    else:
+        own = question.read(logits)
+        require_read(part.view, final, own)
     contrast = question.contrast(own)
     return LogitReader(
         rows=question.rows,

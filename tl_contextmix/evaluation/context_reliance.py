@@ -64,7 +64,7 @@ def context_reliance(
         generate: How many tokens it says at most; None: one.
         by: How passages are scored. ``"gradient_x_input"``: the length of each token's gradient
             times input of the contrast, summed over a passage. ``"attention_knockout"``: how much
-            the contrast falls when no layer attends from the answer to the passage.
+            the contrast falls when no position attends to the passage, in any layer.
             ``"value_zeroing"``: Value Zeroing of the passage as a whole, the mean over layers; of
             the state, not of the contrast.
         metric: What is held against the threshold.
