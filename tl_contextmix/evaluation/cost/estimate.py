@@ -102,14 +102,21 @@ def estimate(
 
 
 def _words(view: ModelView, batch: int, lengths: Lengths) -> tuple[Tensor, dict[str, Any]]:
-    """Returns random token ids of these lengths, the decoder's as a keyword."""
-    generator = torch.Generator().manual_seed(0)
+    """Returns random token ids of these lengths, the decoder's as a keyword.
+
+    None of them is padding; one of a masked language model is the mask, the last.
+    """
+    generator, how = torch.Generator().manual_seed(0), view.padding()
+    mask = view.special_ids().get("mask") if "decoder" not in view.stacks else None
+    never = torch.tensor([token for token in (mask, how and how.token) if token is not None])
+    allowed = torch.arange(view.d_vocab)
+    allowed = allowed[~torch.isin(allowed, never)]
     sides = [
-        torch.randint(view.d_vocab, (batch, length), generator=generator) for length in lengths
+        allowed[torch.randint(len(allowed), (batch, length), generator=generator)]
+        for length in lengths
     ]
-    how = view.padding()
-    if how is not None:  # random tokens must not be padding
-        sides = [torch.where(ids == how.token, (ids + 1) % view.d_vocab, ids) for ids in sides]
+    if mask is not None:
+        sides[0][:, -1] = mask
     return sides[0], dict(zip(("decoder_input",), sides[1:], strict=False))
 
 
@@ -151,7 +158,20 @@ class _Counted:
             tables=dict(view.tables),
             facts=dict(view.facts),
             notice=lambda method, options: None,
+            generate=self._said,
         )
+
+    def _said(self, batch: Batch, count: int) -> list[list[int]]:
+        """Returns as many tokens as a model may say.
+
+        A bridge's reads each token once, other classes read everything anew for the next one.
+        """
+        name = "main" if batch.decoder is None else "decoder"
+        side, last = getattr(batch, name), self.view.blocks()[-1].resid_out
+        for said in range(count - 1 if self.view.host == "TransformerBridge" else 0, count):
+            read = side.each(lambda one, said=said: torch.cat([one, one[:, -1:].expand(-1, said)], 1))
+            self.view.run(replace(batch, **{name: read}), [last], logits=False)
+        return side.ids[:, -1:].expand(-1, count).tolist()
 
     def _counted(
         self, batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool
