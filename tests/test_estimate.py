@@ -155,6 +155,17 @@ def test_what_a_model_says_is_as_long_as_it_may_be(
     assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
 
 
+def test_as_many_nodes_as_a_graph_may_have_are_estimated() -> None:
+    model = model_of(case_of("gpt2"))
+    tokens = torch.randint(5, 50, (1, 14), generator=torch.Generator().manual_seed(1))
+    for options in ({"k": 60, "share": 1.0}, {"k": 30, "neurons": True, "prune": "influence"}):
+        told = cm.estimate(model, 14, partial(cm.flow, **options))
+        with Memory() as memory, Operations() as counter:
+            cm.flow(model, tokens, **options)
+        assert told.flops == pytest.approx(counter.total, rel=WITHIN)
+        assert 0.9 * memory.peak < told.peak_bytes < 1.4 * memory.peak
+
+
 def test_what_leaves_torch_is_estimated_too(middle: Any) -> None:
     told = cm.estimate(middle, 96, lambda *given: cm.attention(*given).to_dataframe())
     assert told.flops == cm.estimate(middle, 96, cm.attention).flops

@@ -44,7 +44,8 @@ def estimate(
     estimate covers what that code does, including tiling within ``max_bytes``.
 
     Tests hold it within 20 % of measurements (mostly within 4 %). Where work depends on the data,
-    it is the minimum (``k`` of neurons: as if the bounds decided at once). Memory that an operator
+    it is the minimum (``k`` of neurons: as if the bounds decided at once) or, of `flow` and
+    ``generate``, the most there may be (``k`` nodes, so many tokens). Memory that an operator
     allocates and frees internally is not counted.
 
     Args:
@@ -169,7 +170,9 @@ class _Counted:
         name = "main" if batch.decoder is None else "decoder"
         side, last = getattr(batch, name), self.view.blocks()[-1].resid_out
         for said in range(count - 1 if self.view.host == "TransformerBridge" else 0, count):
-            read = side.each(lambda one, said=said: torch.cat([one, one[:, -1:].expand(-1, said)], 1))
+            read = side.each(
+                lambda one, said=said: torch.cat([one, one[:, -1:].expand(-1, said)], 1)
+            )
             self.view.run(replace(batch, **{name: read}), [last], logits=False)
         return side.ids[:, -1:].expand(-1, count).tolist()
 
