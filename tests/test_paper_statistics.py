@@ -135,10 +135,24 @@ def test_what_cannot_be_averaged_is_refused(causal: Any) -> None:
             TEXTS,
             lambda m, t: pandas.DataFrame({"batch": [9], "layer": [0], "value": [1.0]}),
         )
+    for layer, number, seen in (("all", 1.0, "the layer 'all'"), (0, "a", "the value 'a'")):
+        row = {"batch": [0], "layer": [layer], "value": [number]}
+        with pytest.raises(InvalidInput, match=seen):
+            over_corpus(causal, TEXTS, lambda m, t, row=row: pandas.DataFrame(row))
     with pytest.raises(InvalidInput, match="too many figures"):
         over_corpus(causal, TEXTS, mixing, most=1)
     with pytest.raises(InvalidInput, match="document 1 of"):
         over_corpus(causal, ["a", None], mixing)
+
+
+def test_rows_without_a_category_are_of_no_other(causal: Any) -> None:
+    def kinds(model: Any, texts: list[str]) -> Any:
+        kind = ["a", None, float("nan")] * len(texts)
+        rows = {"batch": [*range(len(texts))], "layer": 0, "value": 1.0}
+        return pandas.DataFrame({**rows, "kind": kind[: len(texts)]})
+
+    found = over_corpus(causal, TEXTS[:1] * 3, kinds, category="kind")
+    assert [(p.category, p.sentences) for p in found.points] == [("a", 1), ("all", 2)]
 
 
 # Processes that share a corpus: the figures of one process alone, bit by bit

@@ -43,7 +43,8 @@ def cue_alignment(
       readable tokens that are cues.
     * ``average precision`` of ranking the readable tokens by score. Chance: that of a random order.
 
-    Rows with a NaN score NaN. For words instead of tokens, pass ``map.words()``; cues and targets then index words.
+    Rows with a NaN score NaN. For words instead of tokens, pass ``map.words()``; cues and targets
+    then index words.
 
     Args:
         maps: One map with a row of the batch per sentence, or one map per sentence. Rows must sum
