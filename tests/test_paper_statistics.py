@@ -494,6 +494,9 @@ def test_alignment_error_rate_is_that_of_och_and_ney(masked: Any) -> None:
         perfect[0, 0, 0, t, t] = 1
     exact = type(whole)(**{**vars(whole.select(batch=0, layer=1)), "scores": perfect})
     assert alignment_error_rate(exact, [[(t, t) for t in range(1, 9)]]).points[0].value == 0
+    # Positions are those of the input, in a part of a map as well.
+    part = exact.select(target=[3, 4])
+    assert alignment_error_rate(part, [[(3, 3), (4, 4)]]).points[0].value == 0
     with pytest.raises(InvalidInput, match="outside of the map"):
         alignment_error_rate(whole, [[(0, 99)], []])
     with pytest.raises(InvalidInput, match="do not fit the sentences"):
