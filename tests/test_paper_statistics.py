@@ -467,6 +467,26 @@ def test_dimensions_are_left_out_of_norms(causal: Any) -> None:
         parts.norms(without=[10**6])
 
 
+@pytest.mark.parametrize("family", ["causal", "masked"])
+def test_kinds_of_a_part_are_those_of_the_whole(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    map = cm.value_zeroing(request.getfixturevalue(family), "the keys to the cabinet are old .")
+    scores, rows = map.scores[0, 0, 0], [3, 5]  # " to" and " cabinet", of either model
+    each = {"self": [(t, t) for t in rows], "neighbours": [(t, t - 1) for t in rows]}
+    if family == "masked":
+        each["neighbours"] += [(t, t + 1) for t in rows]
+    for part in (map.select(target=rows), map.select(target=rows, source=[2, 3, 4, 5, 6])):
+        found = by_kind(part)
+        for kind, pairs in each.items():
+            mean = torch.stack([scores[pair] for pair in pairs]).mean()
+            torch.testing.assert_close(found.select(quantity=kind).values[0, 0, 0], mean)
+    # Later tokens are no pairs: what is left of a causal map's first row is itself.
+    first = by_kind(map.select(target=[1], source=[1, 2, 3]))
+    assert first.quantities[0] == "self"
+    assert (len(first.quantities) == 1) == (family == "causal")
+
+
 def test_alignment_error_rate_is_that_of_och_and_ney(masked: Any) -> None:
     whole = cm.attention(masked, TEXTS[:2], heads=False).select(layer=[1, 2])
     sure = [[(1, 1), (2, 2), (5, 6)], [(3, 3)]]
