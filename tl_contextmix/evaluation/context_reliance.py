@@ -90,9 +90,9 @@ def context_reliance(
     parts = [context] if isinstance(context, str) else [*context]
     _require_texts(parts, prompt)
     given = Given(joiner.join([*parts, prompt]), **inputs)
-    if isinstance(target, Sequence) and not isinstance(target, str):
-        target = [[*target]]  # one answer, not one for each text
-    question = ask(view, read_batch(view, given), Answer(target=target, generate=generate))
+    several = isinstance(target, Sequence) and not isinstance(target, str)
+    asked: Any = [[*target]] if several else target  # one answer, not one for each text
+    question = ask(view, read_batch(view, given), Answer(target=asked, generate=generate))
     with torch.no_grad():
         logits = _logits(view, given, question)
         ids = [int(token[0]) for token in question.contrast(logits).target]

@@ -218,9 +218,9 @@ def _figures(
     for key, part in means.groupby(level=names, sort=False, dropna=False):
         one = dict(zip(names, key if isinstance(key, tuple) else (key,), strict=True))
         which = str(one[metric]) if metric else value
-        # A row without a category, which is NaN or None, is of no other.
-        known = category and one[category] is not None and one[category] == one[category]
-        label = str(one[category]) if known else EVERY
+        kind = one[category] if category else None
+        # NaN is none, either.
+        label = EVERY if kind is None or kind != kind else str(kind)
         yield (which, label, int(one["layer"])), part.astype(float).tolist()
 
 
