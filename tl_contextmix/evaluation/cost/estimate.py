@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.generation import reads_anew
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.passes import provenance
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, FeedForward
@@ -163,13 +164,10 @@ class _Counted:
         )
 
     def _said(self, batch: Batch, count: int) -> list[list[int]]:
-        """Returns as many tokens as a model may say.
-
-        A bridge's reads each token once, other classes read everything anew for the next one.
-        """
+        """Returns as many tokens as a model may say, and runs what says them."""
         name = "main" if batch.decoder is None else "decoder"
         side, last = getattr(batch, name), self.view.blocks()[-1].resid_out
-        for said in range(count - 1 if self.view.host == "TransformerBridge" else 0, count):
+        for said in range(0 if reads_anew(self.view.host) else count - 1, count):
             read = side.each(
                 lambda one, said=said: torch.cat([one, one[:, -1:].expand(-1, said)], 1)
             )
