@@ -51,7 +51,7 @@ def estimate(
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
-        n_tokens: Number of tokens of the input.
+        n_tokens: Number of tokens of the input, the mask of a masked language model among them.
         method: Its name (``"value_zeroing"``), or the function, with ``functools.partial`` for
             options:
             ``partial(cm.attention_norms, at="mlp_out", max_bytes=2**28)``. Any function of a model
