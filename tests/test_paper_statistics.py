@@ -617,6 +617,8 @@ def test_annotated_sheets_are_read_back(tmp_path: Path) -> None:
         read_annotations(write_sheet(tmp_path / "c.csv", ["ends with press"]))
     with pytest.raises(InvalidInput, match="cannot be read together"):
         read_annotations(one, write_sheet(tmp_path / "d.csv", ["", ""]))
+    with pytest.raises(InvalidInput, match=r"cannot use this paths: got \["):
+        read_annotations([one, two])  # pyright: ignore[reportArgumentType]
     (tmp_path / "e.csv").write_text("a,b\n1,2\n")
     with pytest.raises(FileFormatError, match="no annotated sheet"):
         read_annotations(tmp_path / "e.csv")
