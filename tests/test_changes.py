@@ -389,6 +389,18 @@ def test_what_did_not_change_is_not_listed():
     assert found.suppressed == ()
 
 
+def test_parts_of_maps_have_the_positions_of_the_input():
+    before, after = random_map(batch=1, seed=1), random_map(batch=1, seed=2)
+    part = {"target": [2, 3], "source": [1, 2, 3]}
+    maps = [map.select(**part) for map in (before, after)]
+    found = cm.amplified_pairs(*maps, k=20, normalize="none").to_dataframe()
+    whole = cm.amplified_pairs(before, after, k=10**6, normalize="none").to_dataframe()
+    inside = whole[whole.target.isin(part["target"]) & whole.source.isin(part["source"])]
+    assert found.equals(inside.reset_index(drop=True))
+    block = {name: map.select(target=[1, 2]) for name, map in _block("parallel").items()}
+    assert cm.contextualization_change(block).quantities == ("FF+RES",)
+
+
 def test_pairs_name_what_was_compared():
     before, after = random_map(point="mlp_in"), random_map(point="mlp_out", seed=1)
     found = cm.amplified_pairs(before, after, k=2, normalize="max")

@@ -629,10 +629,23 @@ def test_a_model_must_tell_the_sentences_of_a_pair_apart_behind_a_token() -> Non
         # Both are the unknown word.
         (MinimalPair("the cat xyzzy", "the cat zyxxy"), "tokens that differ"),
         (MinimalPair("cat sat", "dog sat"), "no token before the answer"),
+        (MinimalPair("the  cat sat", "the cat ran"), "other spaces before the word"),
     ):
         model.cfg.default_prepend_bos = False
         with pytest.raises(cm.InvalidInput, match=message):
             cm.compare(model, [pair], methods=["attention"])
+
+
+def test_a_method_may_return_the_target_s_row_alone(causal: Any) -> None:
+    ask = {
+        "whole": cm.value_zeroing,
+        "row": lambda model, tokens: cm.value_zeroing(model, tokens).select(target=-1),
+    }
+    found = cm.compare(causal, demo_pairs(count=3), methods=ask)
+    values = {(row.method, row.layer, row.metric): row.values for row in found.rows}
+    rows = {key[1:]: value for key, value in values.items() if key[0] == "row"}
+    assert rows
+    assert all(values[("whole", *key)] == value for key, value in rows.items())
 
 
 def test_what_a_model_does_not_support_is_left_out_by_name() -> None:

@@ -38,6 +38,7 @@ def test_metrics_are_those_of_two_passes(causal: Any) -> None:
     torch.testing.assert_close(found.kl[0], kl, atol=1e-5, rtol=1e-4)
     ids = causal.tokenizer(" rome .", add_special_tokens=False)["input_ids"]
     assert found.target.ids.tolist() == [ids]
+    assert torch.equal(rely(causal, target=ids).kl, found.kl)
     own = there.gather(1, torch.tensor(ids)[:, None])[:, 0]
     torch.testing.assert_close(found.log_prob[0], own, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.pcxmi, found.log_prob - found.log_prob_without)

@@ -127,6 +127,11 @@ def test_a_json_array_is_read_block_by_block(
     assert [one.text for one in found.documents()] == [row["text"] for row in ROWS]
 
 
+def test_a_json_array_may_be_empty_or_follow_blank_lines(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.json", b"[]\n")) == []
+    assert read(write(tmp_path / "b.json", b'\n\n[\n{"text": "cat"}]')) == ["cat"]
+
+
 def test_a_json_array_that_breaks_off_says_where(tmp_path: Path) -> None:
     whole = json.dumps(ROWS).encode()
     path = write(tmp_path / "a.json", whole[: whole.index(b"dog")])
@@ -151,6 +156,8 @@ def test_tables_of_text_are_read_by_column(name: str, separator: str, tmp_path: 
         "a row of 3 for the columns ['text', 'n']",
         "no Unicode text (surrogates not allowed at character 0)",
     ]
+    long = "the cat " * 20_000
+    assert read(write(tmp_path / "l.csv", f"text\n{long}\n".encode())) == [long]
     quoted = write(tmp_path / "c.csv", b'text\n"the cat\n')
     with pytest.raises(cm.InvalidInput, match="unexpected end of data"):
         read(quoted)

@@ -116,6 +116,62 @@ def test_what_is_told_is_what_is_measured(case: zoo.Case, method: Callable[..., 
     assert sum(part.bytes for part in told.parts) == told.peak_bytes
 
 
+AGAIN = ("attention_norms", "value_zeroing", "decompose", "decompx", "ff_memories")
+
+
+@pytest.mark.parametrize("name", AGAIN)
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
+def test_what_a_model_keeps_from_its_first_call_is_known(family: str, name: str) -> None:
+    model, method = zoo.build(case_of(family), dtype=torch.float32), PER_METHOD[name]
+    tokens = torch.randint(5, 50, (2, 14), generator=torch.Generator().manual_seed(1))
+    method(model, tokens)
+    with Memory() as memory, Operations() as counter:
+        method(model, tokens)
+    told = cm.estimate(model, 14, method, batch=2)
+    assert told.flops == pytest.approx(counter.total, rel=WITHIN)
+    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize("name", ["log_prob_contributions", "gradient_x_input", "attention"])
+def test_a_masked_model_is_asked_about_its_mask(name: str) -> None:
+    model = model_of(case_of("bert"))
+    asked = cm.estimate(model, 9, name)
+    whole = {"pos": -1} if name == "gradient_x_input" else {}
+    assert asked.flops == cm.estimate(model, 9, partial(getattr(cm, name), **whole)).flops
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_what_a_model_says_is_as_long_as_it_may_be(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ask = model_of(case_of(family)), partial(cm.attention, generate=4)
+    tokens = torch.randint(5, 50, (1, 14), generator=torch.Generator().manual_seed(1))
+    if hasattr(model, "original_model"):  # which must not end before
+        monkeypatch.setattr(model.original_model.generation_config, "eos_token_id", None)
+    told = cm.estimate(model, 14, ask)
+    with Memory() as memory, Operations() as counter:
+        ask(model, tokens)
+    assert told.flops == pytest.approx(counter.total, rel=WITHIN)
+    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
+
+
+def test_as_many_nodes_as_a_graph_may_have_are_estimated() -> None:
+    model = model_of(case_of("gpt2"))
+    tokens = torch.randint(5, 50, (1, 14), generator=torch.Generator().manual_seed(1))
+    for options in ({"k": 60, "share": 1.0}, {"k": 30, "neurons": True, "prune": "influence"}):
+        told = cm.estimate(model, 14, partial(cm.flow, **options))
+        with Memory() as memory, Operations() as counter:
+            cm.flow(model, tokens, **options)
+        assert told.flops == pytest.approx(counter.total, rel=WITHIN)
+        assert 0.9 * memory.peak < told.peak_bytes < 1.4 * memory.peak
+
+
+def test_what_leaves_torch_is_estimated_too(middle: Any) -> None:
+    told = cm.estimate(middle, 96, lambda *given: cm.attention(*given).to_dataframe())
+    assert told.flops == cm.estimate(middle, 96, cm.attention).flops
+    assert cm.estimate(middle, 96, cm.attention_flow).flops == told.flops
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_sliding_windows_are_known(family: str) -> None:
     model, tokens = model_of(case_of(family)), torch.arange(60).view(2, 30) % 40 + 15

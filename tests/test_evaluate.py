@@ -145,8 +145,10 @@ def test_ties_and_rows_of_no_numbers_are_no_information(causal: Any, fmap: Conte
         else:
             # Tied tokens are ranked in random orders; in that of storage it is 1.3 nats off.
             assert row.value == pytest.approx(row.chance, abs=0.3)
-    nothing = replace(fmap, scores=fmap.scores * torch.nan, bias=None)
-    for row in cm.faithfulness(causal, TEXT, nothing).rows:
+    scores = fmap.normalize().scores.clone()
+    scores[..., 1] = torch.nan
+    nothing = replace(fmap, scores=scores, bias=None)
+    for row in (*cm.faithfulness(causal, TEXT, nothing).rows, *cue_alignment(nothing, [[2]]).rows):
         assert math.isnan(row.value)
         assert row.sentences == 0
 

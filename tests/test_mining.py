@@ -302,12 +302,16 @@ def test_every_kind_of_corpus_gives_the_same_triggers(shared: Any, tmp_path: Pat
     (tmp_path / "c.jsonl").write_text(lines)
     pandas.DataFrame({"text": listed}).to_parquet(tmp_path / "c.parquet", row_group_size=9)
     dataset = datasets.Dataset.from_dict({"text": listed})
-    kinds = [tmp_path / "c.jsonl", tmp_path / "c.parquet", dataset, dataset.to_iterable_dataset()]
-    kinds += [listed, iter(listed)]
+    pandas.DataFrame({"text": listed}).to_csv(tmp_path / "c.csv", index=False)
+    (tmp_path / "c.json").write_text(json.dumps([{"text": text} for text in listed]))
+    files = [tmp_path / f"c.{name}" for name in ("jsonl", "parquet", "csv", "json")]
+    kinds = [*files, dataset, dataset.to_iterable_dataset(), listed, iter(listed)]
     for index, kind in enumerate(kinds):
         found = cm.mine_triggers(model, kind, out=tmp_path / str(index), **options)
         assert result(found.folder)[0] == result(whole)[0]
         assert found.manifest["corpus"] == json.loads(result(whole)[1])["corpus"]
+        if kind in files:  # which are found again
+            assert cm.load_triggers(found.folder, model=model).examples(0, 1).triggers
 
 
 def test_another_batch_size_only_rounds_differently(shared: Any, tmp_path: Path):

@@ -135,10 +135,24 @@ def test_what_cannot_be_averaged_is_refused(causal: Any) -> None:
             TEXTS,
             lambda m, t: pandas.DataFrame({"batch": [9], "layer": [0], "value": [1.0]}),
         )
+    for layer, number, seen in (("all", 1.0, "the layer 'all'"), (0, "a", "the value 'a'")):
+        row = {"batch": [0], "layer": [layer], "value": [number]}
+        with pytest.raises(InvalidInput, match=seen):
+            over_corpus(causal, TEXTS, lambda m, t, row=row: pandas.DataFrame(row))
     with pytest.raises(InvalidInput, match="too many figures"):
         over_corpus(causal, TEXTS, mixing, most=1)
     with pytest.raises(InvalidInput, match="document 1 of"):
         over_corpus(causal, ["a", None], mixing)
+
+
+def test_rows_without_a_category_are_of_no_other(causal: Any) -> None:
+    def kinds(model: Any, texts: list[str]) -> Any:
+        kind = ["a", None, float("nan")] * len(texts)
+        rows = {"batch": [*range(len(texts))], "layer": 0, "value": 1.0}
+        return pandas.DataFrame({**rows, "kind": kind[: len(texts)]})
+
+    found = over_corpus(causal, TEXTS[:1] * 3, kinds, category="kind")
+    assert [(p.category, p.sentences) for p in found.points] == [("a", 1), ("all", 2)]
 
 
 # Processes that share a corpus: the figures of one process alone, bit by bit
@@ -453,6 +467,26 @@ def test_dimensions_are_left_out_of_norms(causal: Any) -> None:
         parts.norms(without=[10**6])
 
 
+@pytest.mark.parametrize("family", ["causal", "masked"])
+def test_kinds_of_a_part_are_those_of_the_whole(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    map = cm.value_zeroing(request.getfixturevalue(family), "the keys to the cabinet are old .")
+    scores, rows = map.scores[0, 0, 0], [3, 5]  # " to" and " cabinet", of either model
+    each = {"self": [(t, t) for t in rows], "neighbours": [(t, t - 1) for t in rows]}
+    if family == "masked":
+        each["neighbours"] += [(t, t + 1) for t in rows]
+    for part in (map.select(target=rows), map.select(target=rows, source=[2, 3, 4, 5, 6])):
+        found = by_kind(part)
+        for kind, pairs in each.items():
+            mean = torch.stack([scores[pair] for pair in pairs]).mean()
+            torch.testing.assert_close(found.select(quantity=kind).values[0, 0, 0], mean)
+    # Later tokens are no pairs: what is left of a causal map's first row is itself.
+    first = by_kind(map.select(target=[1], source=[1, 2, 3]))
+    assert first.quantities[0] == "self"
+    assert (len(first.quantities) == 1) == (family == "causal")
+
+
 def test_alignment_error_rate_is_that_of_och_and_ney(masked: Any) -> None:
     whole = cm.attention(masked, TEXTS[:2], heads=False).select(layer=[1, 2])
     sure = [[(1, 1), (2, 2), (5, 6)], [(3, 3)]]
@@ -480,6 +514,9 @@ def test_alignment_error_rate_is_that_of_och_and_ney(masked: Any) -> None:
         perfect[0, 0, 0, t, t] = 1
     exact = type(whole)(**{**vars(whole.select(batch=0, layer=1)), "scores": perfect})
     assert alignment_error_rate(exact, [[(t, t) for t in range(1, 9)]]).points[0].value == 0
+    # Positions are those of the input, in a part of a map as well.
+    part = exact.select(target=[3, 4])
+    assert alignment_error_rate(part, [[(3, 3), (4, 4)]]).points[0].value == 0
     with pytest.raises(InvalidInput, match="outside of the map"):
         alignment_error_rate(whole, [[(0, 99)], []])
     with pytest.raises(InvalidInput, match="do not fit the sentences"):
@@ -580,6 +617,8 @@ def test_annotated_sheets_are_read_back(tmp_path: Path) -> None:
         read_annotations(write_sheet(tmp_path / "c.csv", ["ends with press"]))
     with pytest.raises(InvalidInput, match="cannot be read together"):
         read_annotations(one, write_sheet(tmp_path / "d.csv", ["", ""]))
+    with pytest.raises(InvalidInput, match=r"cannot use this paths: got \["):
+        read_annotations([one, two])  # pyright: ignore[reportArgumentType]
     (tmp_path / "e.csv").write_text("a,b\n1,2\n")
     with pytest.raises(FileFormatError, match="no annotated sheet"):
         read_annotations(tmp_path / "e.csv")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import zoo
@@ -233,6 +234,8 @@ def test_padding_and_hooks_change_nothing(masked: Any, asked: dict[str, Any]) ->
         ({"classes": "abab"}, r"the classes do not fit"),
         ({"classes": [[1], [2], [1], [2]]}, r"the classes do not fit"),
         ({"classes": 3}, r"the classes do not fit"),
+        ({"classes": np.array([0, 1, np.nan, np.nan])}, r"got \[0.0, 1.0, nan, nan\]"),
+        ({"control": pandas.Series([0, 1, None, None])}, r"'shuffled', 'token', or a list"),
         ({"control": "random"}, r"control"),
         ({"control": [1, 2]}, r"'shuffled', 'token', or a list"),
         ({"at": "mlp_post"}, r"mlp_post"),

@@ -250,15 +250,22 @@ def test_rows_that_cannot_be_used_stop_it_or_are_counted(
         ("the keys", " are", [" is", " aardvark"]),
         ("", " are"),
         object(),
+        ("the keys", [[5, 6], [7, 8]]),
+        (["the keys", "the cabinet"], " are"),
+        {"good": "the keys are", "bad": "the keys is", "cues": 5},
+        {"one_prefix_prefix": 5, "one_prefix_word_good": "are", "one_prefix_word_bad": "is"},
+        {"requested_rewrite": {"prompt": "{} is", "subject": "rome"}},
     ]
     with pytest.raises(cm.InvalidInput, match=r"row 1 of a list cannot be used: .*unusable='drop'"):
         cm.scan(model, rows)
     with pytest.raises(cm.InvalidInput, match=r"no such by: got \[\]"):
         cm.scan(model, rows, by=[])
     found = cm.scan(model, rows, unusable="drop")
-    assert (found.read, found.skipped, found.prompts.tolist()) == (6, 5, [1])
-    assert [reason[: len("row 1")] for reason in found.reasons] == [f"row {n}" for n in range(1, 6)]
-    assert "5 of 6 rows skipped" in repr(found)
+    assert (found.read, found.skipped, found.prompts.tolist()) == (11, 10, [1])
+    assert [reason.split(" of ")[0] for reason in found.reasons] == [
+        f"row {n}" for n in range(1, 11)
+    ]
+    assert "10 of 11 rows skipped" in repr(found)
     assert bool(found.low.isnan().all())  # one prompt says nothing of others
     with pytest.raises(cm.InvalidInput, match="no prompt to explain"):
         cm.scan(model, rows[1:], unusable="drop")

@@ -151,6 +151,17 @@ def test_patterns_are_what_a_count_says(mined: Any) -> None:
             assert row.chance == pytest.approx(sum(has) / len(prefixes), rel=0.15)
 
 
+def test_documents_that_were_not_mined_are_no_chance(tmp_path: Path) -> None:
+    model = zoo.build(case_of("gpt2"), dtype=torch.float32)
+    corpus = [[5, 9, 17, 20], [6, 9, 17], [8, 5]]
+    options: dict[str, Any] = {"k": 2, "layer": 1, "malformed": "skip"}
+    expected, found = (
+        cm.mine_triggers(model, some, out=tmp_path / name, **options).patterns().to_dataframe()
+        for name, some in (("a", corpus), ("b", [*corpus, [5] * 20 + [10**6]]))
+    )
+    assert found.equals(expected)
+
+
 def test_contexts_of_one_token_contain_nothing_before_it() -> None:
     assert common([(5,), (5,), (7,)]) == [("ends with", (5,), 2 / 3)]
 

@@ -37,6 +37,11 @@ def make_generate(handle: Handle) -> Generate:
     return generate
 
 
+def reads_anew(host: str) -> bool:
+    """Returns whether a class reads the whole text again for each token that it says."""
+    return host != "TransformerBridge"
+
+
 def _sides(batch: Batch, device: torch.device) -> list[Tensor]:
     """Returns the real tokens of the only row, of both sides."""
     sides = (batch.main, batch.decoder)

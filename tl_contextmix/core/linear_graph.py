@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -172,7 +173,16 @@ class LinearGraph:
         return stack.steps[step].nodes.scores(gradient)
 
     def best(self, pulled: Pulled, most: int) -> list[Place]:
-        """Returns the nodes of largest absolute score, largest first."""
+        """Returns the nodes of largest absolute score, largest first; of shapes alone any."""
+        if self.slope.is_meta:
+            shapes = ((at, self.scores(pulled, *at).shape) for at in pulled.gradients)
+            every = (
+                Place(*at, p, c)
+                for at, (pos, own) in shapes
+                for c in range(own)
+                for p in range(pos)
+            )
+            return [*islice(every, most)]
         sizes, tops = [], []
         for at in pulled.gradients:
             sizes.append(self.scores(pulled, *at).abs())

@@ -52,8 +52,10 @@ def average_precision(
 
     Items of the same score are ranked as if shuffled: the mean over all their orders, so that a
     constant score gets the chance level and not what the order of storage happens to give.
-    NaN where nothing is relevant.
+    NaN where nothing is relevant, or a score is NaN.
     """
+    if bool(scores.isnan().any()):
+        return scores.new_full((), torch.nan)
     order = scores.unique().flip(0)
     above, hits, total = 0, 0, scores.new_zeros((), dtype=torch.float64)
     for level in order:

@@ -43,7 +43,8 @@ def cue_alignment(
       readable tokens that are cues.
     * ``average precision`` of ranking the readable tokens by score. Chance: that of a random order.
 
-    For words instead of tokens, pass ``map.words()``; cues and targets then index words.
+    Rows with a NaN score NaN. For words instead of tokens, pass ``map.words()``; cues and targets
+    then index words.
 
     Args:
         maps: One map with a row of the batch per sentence, or one map per sentence. Rows must sum
@@ -86,7 +87,7 @@ def cue_alignment(
                     "rows divided by their sums",
                     "Use map.normalize().",
                 )
-            dot = float(scores[relevant].sum())
+            dot = float(scores[relevant].sum()) if total == total else total
             precision = float(average_precision(scores[seen], relevant[seen]))
             found.setdefault((label, "dot"), []).append((dot, hits / items))
             found.setdefault((label, "average precision"), []).append((precision, chance))

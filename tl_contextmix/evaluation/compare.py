@@ -278,10 +278,16 @@ def _figures(name: str, found: Sequence[_Taken], drops: Sequence[Drop]) -> list[
     places, cues = [one.place for one in found], [one.cues for one in found]
     rows: list[ScoreRow] = []
     for how, maps in kinds:
-        aligned = cue_alignment(maps, cues, pos=places, method=name).rows if all(cues) else ()
+        numbers = [_number(map, place) for map, place in zip(maps, places, strict=True)]
+        aligned = cue_alignment(maps, cues, pos=numbers, method=name).rows if all(cues) else ()
         some = (*aligned, *faithfulness_of(maps, drops, places).rows)
         rows += [replace(row, method=name, layer=f"{row.layer}{how}") for row in some]
     return rows
+
+
+def _number(map: ContextMap, place: int) -> int:
+    """Returns the position of a row; that of one which is not there is returned, to be refused."""
+    return dict(enumerate(map.target.labels())).get(place, place)
 
 
 def _row(map: ContextMap, place: int) -> Tensor:

@@ -90,7 +90,10 @@ def context_reliance(
     parts = [context] if isinstance(context, str) else [*context]
     _require_texts(parts, prompt)
     given = Given(joiner.join([*parts, prompt]), **inputs)
-    question = ask(view, read_batch(view, given), Answer(target=target, generate=generate))
+    asked: Any = target
+    if isinstance(target, Sequence) and not isinstance(target, str):
+        asked = [[*target]]  # one answer, not one for each text
+    question = ask(view, read_batch(view, given), Answer(target=asked, generate=generate))
     with torch.no_grad():
         logits = _logits(view, given, question)
         ids = [int(token[0]) for token in question.contrast(logits).target]

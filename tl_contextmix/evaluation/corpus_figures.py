@@ -197,12 +197,30 @@ def _figures(
             f"a result or table with the columns {wanted}, batch from 0",
             "Name the columns with value=, metric= and category=.",
         )
+    import pandas
+
+    numbers = {name: pandas.to_numeric(frame[name], errors="coerce") for name in ("layer", value)}
+    wrong = {
+        "layer": numbers["layer"].mod(1) != 0,
+        value: numbers[value].isna() & frame[value].notna(),
+    }
+    for name, places in wrong.items():
+        if places.any():
+            raise InvalidInput(
+                "what measure= returns cannot be averaged",
+                f"the {name} {frame[name][places].iloc[0]!r}",
+                "a whole number for each layer, and numbers that are averaged",
+                "Leave out what has no layer or number, or give it one.",
+            )
+    frame = frame.assign(**numbers)
     names = list(dict.fromkeys([*filter(None, (metric, category)), "layer"]))
-    means = frame.groupby([*names, "batch"], sort=False)[value].mean().dropna()
-    for key, part in means.groupby(level=names, sort=False):
+    means = frame.groupby([*names, "batch"], sort=False, dropna=False)[value].mean().dropna()
+    for key, part in means.groupby(level=names, sort=False, dropna=False):
         one = dict(zip(names, key if isinstance(key, tuple) else (key,), strict=True))
         which = str(one[metric]) if metric else value
-        label = str(one[category]) if category else EVERY
+        kind = one[category] if category else None
+        # NaN is none, either.
+        label = EVERY if kind is None or kind != kind else str(kind)
         yield (which, label, int(one["layer"])), part.astype(float).tolist()
 
 

@@ -37,8 +37,8 @@ def alignment_error_rate(
     Args:
         map: Of cross-attention, such as ``attention_norms(..., at="attn_out", stack="cross")``;
             ``.words()`` of it for links between words.
-        sure: For each sentence the sure links, as pairs of positions ``(target, source)`` of the
-            map.
+        sure: For each sentence the sure links, as pairs of positions ``(target, source)`` on the
+            axes of the whole map.
         possible: Likewise those that are possible, which the sure ones belong to; None: the sure
             ones alone.
 
@@ -97,16 +97,21 @@ def _rows(map: ContextMap, sure: Any, possible: Any) -> list[tuple[int, Any, Any
 
 
 def _links(map: ContextMap, row: int, pairs: Any) -> set[tuple[int, int]]:
-    real = map.target.mask[row].tolist(), map.source.mask[row].tolist()
-    result = {(int(target), int(source)) for target, source in pairs}
-    for pair in result:
-        if not all(0 <= at < len(side) and side[at] for at, side in zip(pair, real, strict=True)):
+    """Returns links as places on the axes, whatever part of the input these are."""
+    places = [
+        {number: at for at, number in enumerate(side.labels()) if side.mask[row, at]}
+        for side in (map.target, map.source)
+    ]
+    result = set[tuple[int, int]]()
+    for target, source in pairs:
+        if int(target) not in places[0] or int(source) not in places[1]:
             raise InvalidInput(
                 "a link is outside of the map",
-                f"{pair} in sentence {row}",
-                f"a target of {sum(real[0])}, a source of {sum(real[1])}",
+                f"{(int(target), int(source))} in sentence {row}",
+                f"a target of {[*places[0]]}, a source of {[*places[1]]}",
                 "Count positions as the map does, marks included.",
             )
+        result.add((places[0][int(target)], places[1][int(source)]))
     return result
 
 

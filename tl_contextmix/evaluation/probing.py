@@ -174,9 +174,10 @@ def _classes(given: Any, count: int) -> tuple[tuple[str, ...], Int[Tensor, " tex
     if numbers is None or len(numbers[0]) < 2:
         raise InvalidInput(
             "the classes do not fit the texts",
-            f"{len(listed)} classes" if fine and numbers is None else seen(given),
+            f"{len(listed)} classes" if fine and len(listed) != count else seen(listed),
             f"the class of each of {count} texts, of which at least two differ",
-            "Pass a list with one value for each text, such as True and False.",
+            "Pass a list with one value for each text, such as True and False; leave out texts "
+            "without a class (NaN).",
         )
     return numbers
 
@@ -204,10 +205,12 @@ def _types(control: Any, tokens: list[int], count: int) -> Int[Tensor, " text"] 
 def _numbers(listed: Sequence[Any]) -> tuple[tuple[str, ...], Int[Tensor, " text"]] | None:
     """Returns what differs among some values in order of appearance; None if it cannot be told."""
     try:
+        if any(bool(value != value) for value in listed):  # NaN: a dictionary knows it by identity
+            return None
         places = {value: place for place, value in enumerate(dict.fromkeys(listed))}
-        found = torch.tensor([places[value] for value in listed])
-    except (TypeError, KeyError):  # what cannot be hashed, or is not equal to itself
+    except (TypeError, ValueError):  # what cannot be hashed or compared
         return None
+    found = torch.tensor([places[value] for value in listed])
     return tuple(map(str, places)), found
 
 

@@ -62,16 +62,29 @@ def read_row(row: str, columns: Mapping[str, str], *, causal: bool) -> Prompt:
         for names, read in _FORMATS.items():
             fits = causal or read is not _one_prefix
             if fits and all(found.get(name) is not None for name in names):
-                prompt = read(found)
+                try:
+                    prompt = read(found)
+                except (AttributeError, LookupError, TypeError, ValueError) as error:
+                    if isinstance(error, InvalidInput):
+                        raise
+                    raise _no_prompt(
+                        found, f"what this format has in {', '.join(names)}"
+                    ) from error
                 return replace(prompt, category=prompt.category or str(category))
     if found.get("prompt") is None:
         raise _no_prompt(found)
-    # A list, which is how JSON writes several, means a set of alternatives.
-    target, foil = (
-        frozenset(one) if isinstance(one, list) else one
-        for one in (found.get("target"), found.get("foil"))
-    )
+    target, foil = (_one_or_several(found, name) for name in ("target", "foil"))
     return Prompt(found["prompt"], target, foil, str(category))
+
+
+def _one_or_several(row: Row, name: str) -> Any:
+    """Returns a list, which is how JSON writes several, as a set of alternatives."""
+    one = row.get(name)
+    if not isinstance(one, list):
+        return one
+    if any(isinstance(each, (list, dict)) for each in one):
+        raise _no_prompt(row, f"a {name} that is a text or an id, or a list of these")
+    return frozenset(one)
 
 
 def _no_prompt(row: object, expected: str = "") -> InvalidInput:
@@ -97,11 +110,8 @@ def _one_prefix(row: Row) -> Prompt:
 def _counterfact(row: Row) -> Prompt:
     """A record of counterfact.json (Meng et al. 2022)."""
     asked = row["requested_rewrite"]
-    try:
-        text = asked["prompt"].format(asked["subject"])
-        true, new = (asked[name]["str"] for name in ("target_true", "target_new"))
-    except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
-        raise _no_prompt(row, "CounterFact's requested_rewrite") from error
+    text = asked["prompt"].format(asked["subject"])
+    true, new = (asked[name]["str"] for name in ("target_true", "target_new"))
     return Prompt(text, _word(true), _word(new), str(asked.get("relation_id") or ""))
 
 

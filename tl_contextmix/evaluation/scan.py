@@ -230,7 +230,15 @@ class _Scanner:
             mask = None if "decoder" in self.view.stacks else mask_id(self.model)
             sentence = pair_sentence(self.view, prompt.text, mask, True, one_token=True)
             given, answer = Given(sentence.tokens), sentence.answer
-        return ask(self.view, read_batch(self.view, given), answer)
+        batch = read_batch(self.view, given)
+        if len(batch.main.ids) > 1:
+            raise InvalidInput(
+                "a row has one prompt",
+                f"{len(batch.main.ids)} texts",
+                "a text, a chat, or the ids of one",
+                "Give each a row.",
+            )
+        return ask(self.view, batch, answer)
 
     def _add(self, asked: Sequence[tuple[str, Question]]) -> None:
         """Runs the model on a batch and adds its scores."""

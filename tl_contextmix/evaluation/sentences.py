@@ -196,6 +196,8 @@ def pair_sentence(
             raise _unasked(
                 pair, "tokens that are a prefix of the wrong sentence", "tokens that differ"
             )
+        if pair.good[: pair.target[0]] != pair.bad[: pair.wrong_target[0]]:
+            raise _unasked(pair, "other spaces before the word than in the wrong one", "the same")
         if one_token and ids[first + 1 :] != others[first + 1 :]:
             raise _unasked(pair, "more than one token that differs", "one critical token")
         if first == 0:

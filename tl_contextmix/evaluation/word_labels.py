@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
@@ -194,9 +194,10 @@ def by_kind(
         for side in sides
     ]
     tied = [{}] * batch if arcs is None else _all_arcs(map, texts or "", arcs)
-    causal = map.causal
+    readable = _readable(map)
     kinds = [
-        _kinds(map, row, spans[0][row], spans[1][row], tied[row], causal) for row in range(batch)
+        _kinds(map, row, spans[0][row], spans[1][row], tied[row], readable[row])
+        for row in range(batch)
     ]
     names = sorted({name for one in kinds for name in one}, key=_order)
     values = map.scores.new_full((batch, len(map.layers), len(names)), torch.nan)
@@ -223,26 +224,77 @@ def _order(name: str) -> tuple[int, str]:
     return (_KINDS.index(name) if name in _KINDS[:4] else 9 if name in _KINDS else 5), name
 
 
+def _readable(map: ContextMap) -> torch.Tensor:
+    """Returns which sources targets can read [batch target source]: in a causal map, no later one.
+
+    What is told of the whole map holds for a part of it.
+    """
+    names = [
+        torch.tensor([n == "encoder" for n in side.names()]) for side in (map.target, map.source)
+    ]
+    one_axis = ~names[1] | (names[0][:, None] & names[1])
+    later = map.source.positions()[:, None] > map.target.positions()[:, :, None]
+    later = later & one_axis & map.target.real_pairs(map.source).cpu()
+    unread = later & (map.scores == 0).flatten(1, 2).all(dim=1).cpu()
+    return ~later if bool((unread == later).all()) else torch.ones_like(later)
+
+
 def _kinds(
     map: ContextMap,
     row: int,
     ours: Sequence[Span],
     theirs: Sequence[Span],
     tied: dict[tuple[int, int], str],
-    causal: bool,
+    readable: torch.Tensor,
 ) -> dict[str, list[tuple[int, int]]]:
     """Returns the pairs of real tokens of a text, by kind."""
-    both = map.target.equals(map.source)
+    words = _word_numbers(map, row)
     target, source = (
-        _places(side, row, spans) for side, spans in ((map.target, ours), (map.source, theirs))
+        _places(side, row, spans, words)
+        for side, spans in ((map.target, ours), (map.source, theirs))
     )
     result: dict[str, list[tuple[int, int]]] = {}
     for t, s in product(target, source):
-        if causal and s > t:
+        if not readable[t, s]:
             continue
-        kind = _kind(target[t], source[s], t == s if both else False, both)
+        kind = _kind(target[t], source[s], bool(words))
         kind = kind if kind in _KINDS[:4] else tied.get((t, s), kind)
         result.setdefault(kind, []).append((t, s))
+    return result
+
+
+_Key = tuple[str, int]
+"""Stack and number of a token."""
+
+
+def _keys(side: Tokens, row: int) -> dict[int, _Key]:
+    """Returns what tells real tokens from each other, by their place on the axis."""
+    keys = zip(side.names(), side.labels(), strict=True)
+    return {at: key for at, key in enumerate(keys) if bool(side.mask[row, at])}
+
+
+def _word_numbers(map: ContextMap, row: int) -> dict[_Key, int]:
+    """Returns numbers of the words of tokens, one after the other for words that are neighbours.
+
+    Rows and columns may be parts of the tokens; nothing where they are of other tokens.
+    """
+    begins, texts = dict[_Key, bool](), dict[_Key, str]()
+    for side in (map.source, map.target):
+        keys, spans = _keys(side, row), side.words()[row]
+        inside = {at for start, stop in spans for at in range(start + 1, stop)}
+        for at, key in keys.items():
+            if texts.setdefault(key, side.strings[row][at]) != side.strings[row][at]:
+                return {}
+            # Only a token that stands beside the one before it tells whether it goes on with it.
+            if key not in begins or keys.get(at - 1) == (key[0], key[1] - 1):
+                begins[key] = at not in inside
+    if not {*_keys(map.target, row).values()} & {*_keys(map.source, row).values()}:
+        return {}
+    result, number = dict[_Key, int](), 0
+    for name, place in sorted(begins):
+        apart = (name, place - 1) not in begins
+        number += 2 if apart else int(begins[name, place])
+        result[name, place] = number
     return result
 
 
@@ -295,35 +347,39 @@ def _ends(word: Any) -> tuple[int, int]:
     return word.start_char, word.end_char
 
 
-_Place = tuple[str, int, "Span | None", bool]
+class _Place(NamedTuple):
+    """A token: which one, its text, its word and labelled span, and whether it is a mark."""
+
+    key: _Key
+    text: str
+    word: int
+    label: Span | None
+    mark: bool
 
 
-def _places(side: Tokens, row: int, spans: Sequence[Span]) -> dict[int, _Place]:
-    """Returns text, number of the word, labelled span and whether it is a mark, by position."""
-    word = {
-        at: number
-        for number, (start, stop) in enumerate(side.words()[row])
-        for at in range(start, stop)
-    }
+def _places(
+    side: Tokens, row: int, spans: Sequence[Span], words: dict[_Key, int]
+) -> dict[int, _Place]:
+    """Returns the real tokens of a text, by their place on the axis."""
     label = {at: span for span in spans for at in range(span[0], span[1])}
-    strings, real = side.strings[row], side.mask[row].tolist()
+    strings = side.strings[row]
     return {
-        at: (strings[at], word.get(at, -1), label.get(at), is_mark(strings[at]))
-        for at in range(len(strings))
-        if real[at]
+        at: _Place(key, strings[at], words.get(key, -1), label.get(at), is_mark(strings[at]))
+        for at, key in _keys(side, row).items()
     }
 
 
-def _kind(target: _Place, source: _Place, own: bool, both: bool) -> str:
-    (text, word, label, mark), (other, place, theirs, mark_too) = target, source
-    if mark or mark_too:
+def _kind(target: _Place, source: _Place, both: bool) -> str:
+    if target.mark or source.mark:
         return "special"
-    if own:
+    if both and target.key == source.key:
         return "self"
-    if text == other:
+    if target.text == source.text:
         return "same token"
-    if both and word == place:
+    both = both and target.key[0] == source.key[0]
+    if both and target.word == source.word:
         return "pieces"
-    if label is not None and theirs is not None:
-        return f"in one {label[2]}" if label == theirs else f"{label[2]}{ARROW}{theirs[2]}"
-    return "neighbours" if both and abs(word - place) == 1 else "other"
+    ours, theirs = target.label, source.label
+    if ours is not None and theirs is not None:
+        return f"in one {ours[2]}" if ours == theirs else f"{ours[2]}{ARROW}{theirs[2]}"
+    return "neighbours" if both and abs(target.word - source.word) == 1 else "other"

@@ -154,7 +154,8 @@ def _enough(whole: LinearGraph, best: Sequence[Place], share: float) -> int:
     while low < high:
         middle = (low + high) // 2
         missing = abs(whole.passed_on(best[:middle]) - whole.score)
-        if missing <= (1 - share) * abs(whole.score):
+        # On shapes alone, where nothing has a score, all are kept.
+        if missing <= (1 - share) * abs(whole.score) and not whole.slope.is_meta:
             high = middle
         else:
             low = middle + 1

@@ -209,7 +209,7 @@ def _changed(before: ContextMap, after: ContextMap, k: int, *, sign: int) -> Ite
     old, new = (map.scores[:, :, 0].detach().cpu() for map in (before, after))
     grown = sign * (new - old)
     grown = grown.masked_fill(grown <= 0, torch.nan)
-    width = grown.shape[-1]
+    width, numbers = grown.shape[-1], (before.target.labels(), before.source.labels())
     for row in range(grown.shape[0]):
         for index, layer in enumerate(before.layers):
             for place in largest(grown[row, index], k).tolist():
@@ -217,8 +217,8 @@ def _changed(before: ContextMap, after: ContextMap, k: int, *, sign: int) -> Ite
                 yield Pair(
                     batch=row,
                     layer=layer,
-                    target=target,
-                    source=source,
+                    target=numbers[0][target],
+                    source=numbers[1][source],
                     target_token=before.target.strings[row][target],
                     source_token=before.source.strings[row][source],
                     before=float(old[row, index, target, source]),
@@ -242,8 +242,10 @@ def _layout(maps: Maps) -> Layout:
 
 def _only_own(map: ContextMap) -> bool:
     """Returns whether every target has a score from itself only."""
-    own = torch.eye(*map.scores.shape[-2:], dtype=torch.bool, device=map.scores.device)
-    return not bool(map.scores.masked_fill(own, 0).any())
+    sides = ([*zip(side.names(), side.labels(), strict=True)] for side in (map.target, map.source))
+    target, source = sides
+    own = torch.tensor([[one == other for other in source] for one in target])
+    return not bool(map.scores.masked_fill(own.to(map.scores.device), 0).any())
 
 
 def _require_maps(maps: Maps) -> None:

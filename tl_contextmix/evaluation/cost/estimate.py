@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.generation import reads_anew
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.passes import provenance
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, FeedForward
@@ -44,12 +45,13 @@ def estimate(
     estimate covers what that code does, including tiling within ``max_bytes``.
 
     Tests hold it within 20 % of measurements (mostly within 4 %). Where work depends on the data,
-    it is the minimum (``k`` of neurons: as if the bounds decided at once). Memory that an operator
+    it is the minimum (``k`` of neurons: as if the bounds decided at once) or, of `flow` and
+    ``generate``, the most there may be (``k`` nodes, so many tokens). Memory that an operator
     allocates and frees internally is not counted.
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
-        n_tokens: Number of tokens of the input.
+        n_tokens: Number of tokens of the input, the mask of a masked language model among them.
         method: Its name (``"value_zeroing"``), or the function, with ``functools.partial`` for
             options:
             ``partial(cm.attention_norms, at="mlp_out", max_bytes=2**28)``. Any function of a model
@@ -102,14 +104,21 @@ def estimate(
 
 
 def _words(view: ModelView, batch: int, lengths: Lengths) -> tuple[Tensor, dict[str, Any]]:
-    """Returns random token ids of these lengths, the decoder's as a keyword."""
-    generator = torch.Generator().manual_seed(0)
+    """Returns random token ids of these lengths, the decoder's as a keyword.
+
+    None of them is padding; one of a masked language model is the mask, the last.
+    """
+    generator, how = torch.Generator().manual_seed(0), view.padding()
+    mask = view.special_ids().get("mask") if "decoder" not in view.stacks else None
+    never = torch.tensor([token for token in (mask, how and how.token) if token is not None])
+    allowed = torch.arange(view.d_vocab)
+    allowed = allowed[~torch.isin(allowed, never)]
     sides = [
-        torch.randint(view.d_vocab, (batch, length), generator=generator) for length in lengths
+        allowed[torch.randint(len(allowed), (batch, length), generator=generator)]
+        for length in lengths
     ]
-    how = view.padding()
-    if how is not None:  # random tokens must not be padding
-        sides = [torch.where(ids == how.token, (ids + 1) % view.d_vocab, ids) for ids in sides]
+    if mask is not None:
+        sides[0][:, -1] = mask
     return sides[0], dict(zip(("decoder_input",), sides[1:], strict=False))
 
 
@@ -151,7 +160,19 @@ class _Counted:
             tables=dict(view.tables),
             facts=dict(view.facts),
             notice=lambda method, options: None,
+            generate=self._said,
         )
+
+    def _said(self, batch: Batch, count: int) -> list[list[int]]:
+        """Returns as many tokens as a model may say, and runs what says them."""
+        name = "main" if batch.decoder is None else "decoder"
+        side, last = getattr(batch, name), self.view.blocks()[-1].resid_out
+        for said in range(0 if reads_anew(self.view.host) else count - 1, count):
+            read = side.each(
+                lambda one, said=said: torch.cat([one, one[:, -1:].expand(-1, said)], 1)
+            )
+            self.view.run(replace(batch, **{name: read}), [last], logits=False)
+        return side.ids[:, -1:].expand(-1, count).tolist()
 
     def _counted(
         self, batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool

@@ -15,7 +15,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 _aten = torch.ops.aten
@@ -68,7 +68,7 @@ class OnShapes(TorchDispatchMode):
         if not shapes and (func.is_view or func._schema.is_mutable):
             return func(*args, **kwargs)
         if shapes and func in _ANSWERS:
-            return _ANSWERS[func](*args, **kwargs)
+            return _still_true(func, _ANSWERS[func](*args, **kwargs), tensors)
         if shapes and func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:
             return args[0]  # a small real tensor keeps the numbers it has
         try:
@@ -78,9 +78,7 @@ class OnShapes(TorchDispatchMode):
                 raise
             return func(*args, **kwargs)
         if shapes:
-            if func.overloadpacket is _aten.all:
-                setattr(out, _TRUE, True)
-            return out
+            return _still_true(func, out, tensors)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if any(leaf.is_floating_point() and leaf.numel() > self._small for leaf in made):
             return out
@@ -123,12 +121,15 @@ class _Device(TorchFunctionMode):
         if func == _DEVICE:
             device = func(*args)
             return self._real if device.type == "meta" else device
-        if func == Tensor.tolist and args[0].is_meta:
-            return torch.zeros(args[0].shape, dtype=args[0].dtype).tolist()
+        if func in _TO_HOST and args[0].is_meta:
+            with _disable_current_modes():
+                real = torch.full(args[0].shape, _number(args[0]), dtype=args[0].dtype)
+                return func(real, *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 _DEVICE = Tensor.device.__get__
+_TO_HOST = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 
 @no_type_check
@@ -149,11 +150,22 @@ def _meta(tensor: Tensor) -> Tensor:
 
 
 @no_type_check
+def _still_true(func: Any, out: Any, tensors: list[Tensor]) -> Any:
+    """Returns a result, marked where it says that everything is as it should be."""
+    packet = func.overloadpacket
+    moved = packet in _MOVED and all(hasattr(tensor, _TRUE) for tensor in tensors)
+    if packet is _aten.all or moved:
+        setattr(out, _TRUE, True)
+    return out
+
+
+@no_type_check
 def _is_meta(tensor: Tensor) -> bool:
     return tensor.is_meta
 
 
 _EMPTY = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided}
+_MOVED = {_aten._to_copy, _aten.cat, _aten.stack}
 _FACTORIES = {
     overload
     for name in ("arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "zeros")

@@ -23,6 +23,8 @@ from typing import Any, Literal
 from tl_contextmix.errors import InvalidInput
 
 Kind = Literal["text", "jsonl", "array", "csv", "parquet", "dataset", "table", "iterable"]
+FILE_KINDS: tuple[Kind, ...] = ("text", "jsonl", "array", "csv", "parquet")
+"""The kinds that are files."""
 _SUFFIXES: dict[str, Kind] = dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl")
 _SUFFIXES |= {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 # Read line by line these would be documents, none of them anybody's text.
@@ -30,6 +32,7 @@ _NO_TEXT = frozenset((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".xlsx", ".a
 _FILES = "the path of a text, jsonl, JSON, CSV or parquet file"
 _BOM = b"\xef\xbb\xbf"
 _ROWS, _PEEK = 1024, 2**20
+_LONGEST = 2**31 - 1
 _END = re.compile(r"\s*[,\]]")
 _ESCAPED = ("utf-8", "surrogateescape")
 TOKEN_BITS = 31
@@ -203,14 +206,14 @@ def _open_file(given: str | Path, column: str | None, default: str) -> Corpus:
 def _is_array(path: Path) -> bool:
     """Whether a file is one JSON array of objects, not a document per line."""
     with _named(str(path)), open(path, "rb") as file:
-        first = file.readline(_PEEK).removeprefix(_BOM).strip()
+        first = file.read(_PEEK).removeprefix(_BOM).strip().partition(b"\n")[0]
     if not first.startswith(b"["):
         return False
     try:
         rows = json.loads(first)
     except (ValueError, RecursionError):  # it goes on in the next line
         return True
-    return bool(rows) and isinstance(rows[0], dict)
+    return not rows or isinstance(rows[0], dict)
 
 
 def _no_corpus(seen: str, expected: str, remedy: str) -> InvalidInput:
@@ -313,6 +316,8 @@ def _past(text: str, at: int) -> int:
 
 def _csv(corpus: Corpus) -> Iterator[Document]:
     sizes: list[int] = []
+    # The limit is 128 KiB for the whole process; documents may be longer.
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
     with open(corpus.held, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
 
         def lines() -> Iterator[str]:

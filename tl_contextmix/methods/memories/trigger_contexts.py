@@ -86,13 +86,15 @@ def sample(triggers: Mined) -> list[list[int]]:
 
     Without the tokens that frame them, and without documents that were not mined.
     """
-    total, result = triggers.manifest["counts"]["documents"], []
+    view, total, result = triggers.require_view(), triggers.manifest["counts"]["documents"], []
     drawn = random.Random(0).sample(range(total), min(_SAMPLE, total))
     whole = triggers.manifest["run"]["options"]["too_long"] != "cut"
     for document in _picked(triggers, set(), drawn).values():
         ids = _as_mined(triggers, document)
         before, after = triggers.frame.ends(ids)
-        if whole and len(ids) < len(encode(triggers.require_view(), document, triggers.bos)):
+        if whole and len(ids) < len(encode(view, document, triggers.bos)):
+            continue
+        if max(ids, default=0) >= view.d_vocab:
             continue
         if len(ids) > before + after:
             result.append(ids[before : len(ids) - after])

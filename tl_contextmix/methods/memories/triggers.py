@@ -16,7 +16,7 @@ from tl_contextmix.core.validation import FilePath, require_number
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.memories.corpus_arguments import one_layer, require_path
-from tl_contextmix.methods.memories.corpus_formats import open_corpus
+from tl_contextmix.methods.memories.corpus_formats import FILE_KINDS, open_corpus
 from tl_contextmix.methods.memories.mined import Mined
 from tl_contextmix.methods.memories.miner import tokenizer_hash
 from tl_contextmix.methods.memories.store import not_mined, read_manifest, unreadable
@@ -38,8 +38,6 @@ from tl_contextmix.results.axes import positions
 
 if TYPE_CHECKING:
     from tl_contextmix.plotting import Page
-
-_FILES = ("text", "jsonl", "parquet")
 
 
 def load_triggers(
@@ -73,7 +71,7 @@ def load_triggers(
     opened = None
     if corpus is not None:
         opened = open_corpus(corpus, column, default=run["corpus"]["column"])
-    elif run["corpus"]["kind"] in _FILES and Path(run["source"]["corpus"]).is_file():
+    elif run["corpus"]["kind"] in FILE_KINDS and Path(run["source"]["corpus"]).is_file():
         opened = open_corpus(run["source"]["corpus"], column, default=run["corpus"]["column"])
     view = None
     if model is not None:
