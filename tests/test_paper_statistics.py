@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from random import Random
@@ -113,6 +114,14 @@ def test_models_side_by_side_scores_and_rows(masked: Any, causal: Any) -> None:
     assert {point.category for point in both.points} == {"a", "b"}
     alone = over_corpus(causal, TEXTS, mixing)
     assert [p.value for p in both.points if p.category == "b"] == [p.value for p in alone.points]
+    # A layer that one model has and the other has not is a gap in its curve.
+    few = replace(both, points=both.select("value", "a")[1:] + both.select("value", "b")[:1])
+    chart, _ = few.panels()
+    assert chart.labels == tuple(f"layer {layer}" for layer in range(len(alone.points)))
+    (_, first), (_, second) = chart.series
+    assert [math.isnan(value) for value in first] == [True, *[False] * (len(first) - 1)]
+    assert [math.isnan(value) for value in second] == [False, *[True] * (len(first) - 1)]
+    assert "layer 1" in few.show().text()
 
     def cues(model: Any, rows: list[dict[str, Any]]) -> Any:
         maps = cm.attention(model, [row["text"] for row in rows], heads=False)
