@@ -116,7 +116,7 @@ def test_models_side_by_side_scores_and_rows(masked: Any, causal: Any) -> None:
     assert [p.value for p in both.points if p.category == "b"] == [p.value for p in alone.points]
     # A layer that one model has and the other has not is a gap in its curve.
     few = replace(both, points=both.select("value", "a")[1:] + both.select("value", "b")[:1])
-    chart, _ = few.panels()
+    chart: Any = few.panels()[0]
     assert chart.labels == tuple(f"layer {layer}" for layer in range(len(alone.points)))
     (_, first), (_, second) = chart.series
     assert [math.isnan(value) for value in first] == [True, *[False] * (len(first) - 1)]

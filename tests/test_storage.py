@@ -249,7 +249,7 @@ def test_a_damaged_byte_is_found_wherever_it_is(tmp_path: Path):
 def test_labels_that_do_not_fit_each_other(
     tmp_path: Path, kind: str, field: str, labels: Any, message: str
 ):
-    (result,) = (one.values[0] for one in EACH if type(one.values[0]).__name__ == kind)
+    (result,) = (one for one in hand_built.one_of_each() if type(one).__name__ == kind)
     path = result.save(tmp_path / "result")
     if labels is None:  # a position beyond the tokens
         few = dataclasses.replace(result, tokens=hand_built.tokens(2, 1))
