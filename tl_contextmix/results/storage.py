@@ -94,8 +94,7 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
     found = 0
     for name, tensor in sorted(tensors.items()):
         found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), found)
-        body = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        found = zlib.crc32(memoryview(body), found)
+        found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
     return f"{found:08x}"
 
 
