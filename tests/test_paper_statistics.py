@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -22,6 +23,7 @@ import zoo
 from asked import case_of
 from published import BLIMP, blimp_row
 from scipy import stats
+from unchecked import answers
 
 import tl_contextmix as cm
 from tl_contextmix.core.statistics import ExactMoments
@@ -460,6 +462,7 @@ def test_dimensions_are_left_out_of_norms(causal: Any) -> None:
     torch.testing.assert_close(found.bias[:, :, 0], bias.norm(dim=-1))
     with pytest.raises(InvalidInput, match="d_model"):
         parts.norms(without=[10**6])
+    assert parts.norms(without=0).equals(parts.norms(without=[0]))
 
 
 def test_alignment_error_rate_is_that_of_och_and_ney(masked: Any) -> None:
@@ -536,6 +539,8 @@ def test_expansion_rates_are_those_of_random_directions() -> None:
 def test_where_memories_agree(causal: Any) -> None:
     memories = cm.ff_memories(causal, TEXTS[:3])
     found = memories.agreements(stop_words=["The", " is"], short=3)
+    one, listed = (memories.agreements(stop_words=words) for words in ("the", ["the"]))
+    assert one.equals(listed)
     for row in range(3):
         for place in range(len(memories.layers)):
             agree, stop, early, every = [], [], [], []
@@ -751,3 +756,26 @@ def test_reciprocal_ranks_are_those_of_the_answer() -> None:
     for place, point in enumerate(curve):
         ranks = judged.ranks[0, place][judged.target.mask[0]]
         assert point.value == pytest.approx(float((1 / (1 + ranks.double())).mean()))
+
+
+WRONG = {
+    "alignment_error_rate(maps, [[(0, 1, 'sure')]])": "these are no links",
+    "frequency_correlation(ratios, [1.0] * 500)": "these are no frequencies",
+    "read_annotations(['a.csv', 'b.csv'])": "cannot use this paths",
+    "alias_match([['one']])": "a dictionary with a list of texts for each input",
+    "knockout_curve(model, 'the', [(1, 2)])": "these components have no order",
+}
+
+
+def test_what_is_of_the_wrong_kind_is_said() -> None:
+    setting = """
+        import tl_contextmix as cm
+        from tl_contextmix.evaluation import *
+        model = cm.load_demo("masked-lm")
+        maps = cm.attention(model, "the key", heads=False)
+        ratios = cm.mixing_ratio(model, "the key")
+    """
+    found = answers(textwrap.dedent(setting), *WRONG)
+    for question, (kind, message) in found.items():
+        assert kind == "InvalidInput", (question, message)
+        assert WRONG[question] in message

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tl_contextmix.core.statistics import bootstrap_interval
-from tl_contextmix.core.validation import FilePath
+from tl_contextmix.core.validation import FilePath, checked
 from tl_contextmix.errors import FileFormatError, InvalidInput
 from tl_contextmix.results import CurvePoint, LayerCurves, Provenance
 
@@ -21,6 +21,7 @@ _PATTERNS = ("pattern_1", "pattern_2", "pattern_3", "pattern_4")
 Row = tuple[int, int, int]
 
 
+@checked
 def read_annotations(*paths: FilePath) -> LayerCurves:
     r"""Returns the share of triggers that annotators found patterns in, by layer (2021, figure 2).
 

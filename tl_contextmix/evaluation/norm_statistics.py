@@ -98,7 +98,15 @@ def _rows(map: ContextMap, sure: Any, possible: Any) -> list[tuple[int, Any, Any
 
 def _links(map: ContextMap, row: int, pairs: Any) -> set[tuple[int, int]]:
     real = map.target.mask[row].tolist(), map.source.mask[row].tolist()
-    result = {(int(target), int(source)) for target, source in pairs}
+    try:
+        result = {(int(target), int(source)) for target, source in pairs}
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            "these are no links",
+            f"{seen(pairs)} in sentence {row}",
+            "pairs (target, source) of whole numbers",
+            "Give possible links on their own, as possible=.",
+        ) from error
     for pair in result:
         if not all(0 <= at < len(side) and side[at] for at, side in zip(pair, real, strict=True)):
             raise InvalidInput(
@@ -163,6 +171,13 @@ def frequency_correlation(
         for words, mask in zip(tokens.strings, tokens.mask.tolist(), strict=True)
     ]
     ids = [tokens.ids[row, some].tolist() for row, some in enumerate(kept)]
+    if not isinstance(frequencies, Mapping):
+        raise InvalidInput(
+            "these are no frequencies",
+            seen(frequencies),
+            "how often each token id occurs, by id",
+            "Pass a dictionary, of an array dict(enumerate(array)).",
+        )
     unknown = {i for row in ids for i in row} - {*frequencies}
     if unknown:
         raise InvalidInput(

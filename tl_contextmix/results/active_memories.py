@@ -102,7 +102,7 @@ class Memories(LabelledArray):
         count = int(self.tokens.mask.sum())
         return CompositionFigures(sums, count, self.layers, self.cases, self.provenance)
 
-    def agreements(self, *, stop_words: Collection[str] = (), short: int = 5) -> LayerFigures:
+    def agreements(self, *, stop_words: str | Collection[str] = (), short: int = 5) -> LayerFigures:
         """Returns what is special about positions where a memory agrees with its layer.
 
         In the 2021 paper (section 5.1) most of what single memories decide are stop words, or
@@ -118,6 +118,7 @@ class Memories(LabelledArray):
         Returns:
             `LayerFigures` [batch layer quantity]; NaN where no memory agrees.
         """
+        stop_words = [stop_words] if isinstance(stop_words, str) else stop_words
         short, words = require_number("short", short), {w.strip().lower() for w in stop_words}
         ids = self.ffn_top.cpu()
         stops = [i for i, word in self.words.items() if word.strip(" \u2581").lower() in words]
