@@ -132,7 +132,7 @@ def _strongest(map: ContextMap, row: int, scores: torch.Tensor) -> set[tuple[int
 
 @checked
 def frequency_correlation(
-    figures: TokenFigures, frequencies: Annotated[Mapping[int, float], LATER]
+    figures: TokenFigures, frequencies: Annotated[Mapping[int, int] | Mapping[int, float], LATER]
 ) -> LayerCurves:
     r"""Returns whether a figure of tokens goes with how frequent they are, layer by layer.
 
