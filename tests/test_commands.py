@@ -29,7 +29,7 @@ from tl_contextmix.commands.names import COMMANDS, DEMOS, METHODS
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.evaluation.compare import comparable
-from tl_contextmix.results import Result
+from tl_contextmix.results import Memories, Result
 
 pytestmark = pytest.mark.once
 TEXT = "the keys to the cabinet"
@@ -122,6 +122,27 @@ def test_a_result_is_written_as_its_name_says(ending, capsys, tmp_path):
         assert json.loads(path.read_text())["unit"] == "norm"
     else:
         assert path.read_text(encoding="utf-8").startswith(("<!DOCTYPE html>", "<?xml"))
+
+
+def test_memories_are_read_at_the_positions_asked_for(capsys, tmp_path):
+    path, k = tmp_path / "found.safetensors", 2
+    asked = ("ff-memories", "causal-lm", TEXT, "--layer", "2", "--position", "1,-1", "--k", str(k))
+    assert run(capsys, *asked, "--quiet", "-o", str(path)) == (0, "", "")
+    found = Memories.load(path)
+    expected = cm.ff_memories(cm.load_demo("causal-lm"), TEXT, layer=[2], pos=[1, -1], k=k)
+    assert found.equals(expected)
+    tables = [one for one in found.panels() if one.title.startswith("Memories at")]
+    words, last = found.tokens.strings[0], found.tokens.shape[1] - 1
+    assert [one.title for one in tables] == [
+        f"Memories at {words[place]!r} ({place})" for place in (1, last)
+    ]
+    for table, place in zip(tables, (1, last), strict=True):
+        assert [row[-1] for row in table.rows] == [*found.top(k, pos=place).promotes]
+    # It is named so, too, where there is no prediction.
+    asked = ("token-memory", "causal-lm", TEXT, "--layer", "2", "--neurons", "78", "--csv")
+    code, out, err = run(capsys, *asked, "--position", "-1")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == last + 2
 
 
 def test_neurons_are_numbered_by_layer(capsys):

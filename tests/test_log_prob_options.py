@@ -128,6 +128,16 @@ def test_padding_changes_nothing_and_padded_sources_have_no_score(family: str) -
         **keywords(given),
     )
     assert best.labels(0) == padded.top(5).labels(0)
+    # Empty places, of the sentence with fewer components, are no rows of a table.
+    read = cm.component_readouts(
+        model, given.tokens, components=best, attention_mask=mask, k=3, **keywords(given)
+    )
+    scores = read.scores.clone()
+    scores[1, 2:] = torch.nan
+    table = replace(read, scores=scores).top(4).to_dataframe()
+    expected = read.to_dataframe().merge(table[["batch", "score"]].drop_duplicates())
+    assert table.groupby("batch").size().tolist() == [4 * 2 * 3, 2 * 2 * 3]
+    assert sorted(table.token) == sorted(expected.token)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bart"])

@@ -160,6 +160,15 @@ def rewritten(path: Path, folder: Path, facts: Any, tensors: Any) -> None:
     save_file(held, str(folder / path.name), metadata=metadata)
 
 
+def test_a_part_with_a_damaged_number_is_refused(part: Any, tmp_path: Path) -> None:
+    _, _, path = part
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / path.name).write_bytes(damaged)
+    with pytest.raises(FileFormatError, match="damaged"):
+        load_part(tmp_path / path.name, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("facts", "tensors"),
     [

@@ -6,7 +6,9 @@ import csv
 import json
 import math
 import sys
+import textwrap
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from random import Random
@@ -21,6 +23,7 @@ import zoo
 from asked import case_of
 from published import BLIMP, blimp_row
 from scipy import stats
+from unchecked import answers
 
 import tl_contextmix as cm
 from tl_contextmix.core.statistics import ExactMoments
@@ -113,6 +116,14 @@ def test_models_side_by_side_scores_and_rows(masked: Any, causal: Any) -> None:
     assert {point.category for point in both.points} == {"a", "b"}
     alone = over_corpus(causal, TEXTS, mixing)
     assert [p.value for p in both.points if p.category == "b"] == [p.value for p in alone.points]
+    # A layer that one model has and the other has not is a gap in its curve.
+    few = replace(both, points=both.select("value", "a")[1:] + both.select("value", "b")[:1])
+    chart: Any = few.panels()[0]
+    assert chart.labels == tuple(f"layer {layer}" for layer in range(len(alone.points)))
+    (_, first), (_, second) = chart.series
+    assert [math.isnan(value) for value in first] == [True, *[False] * (len(first) - 1)]
+    assert [math.isnan(value) for value in second] == [False, *[True] * (len(first) - 1)]
+    assert "layer 1" in few.show().text()
 
     def cues(model: Any, rows: list[dict[str, Any]]) -> Any:
         maps = cm.attention(model, [row["text"] for row in rows], heads=False)
@@ -465,6 +476,7 @@ def test_dimensions_are_left_out_of_norms(causal: Any) -> None:
     torch.testing.assert_close(found.bias[:, :, 0], bias.norm(dim=-1))
     with pytest.raises(InvalidInput, match="d_model"):
         parts.norms(without=[10**6])
+    assert parts.norms(without=0).equals(parts.norms(without=[0]))
 
 
 @pytest.mark.parametrize("family", ["causal", "masked"])
@@ -564,6 +576,8 @@ def test_expansion_rates_are_those_of_random_directions() -> None:
 def test_where_memories_agree(causal: Any) -> None:
     memories = cm.ff_memories(causal, TEXTS[:3])
     found = memories.agreements(stop_words=["The", " is"], short=3)
+    one, listed = (memories.agreements(stop_words=words) for words in ("the", ["the"]))
+    assert one.equals(listed)
     for row in range(3):
         for place in range(len(memories.layers)):
             agree, stop, early, every = [], [], [], []
@@ -656,9 +670,6 @@ def test_values_are_read_through_a_head() -> None:
         cm.ff_values(model, via=(1, 1), layer=1)
     with pytest.raises(InvalidInput, match="a head reads only"):
         cm.ff_values(model, via=(0, 1))
-    one_number: Any = [1]
-    with pytest.raises(InvalidInput, match="names no head"):
-        cm.ff_values(model, via=one_number)
 
 
 def test_values_of_post_ln_blocks_are_not_read_through_heads(masked: Any) -> None:
@@ -781,3 +792,27 @@ def test_reciprocal_ranks_are_those_of_the_answer() -> None:
     for place, point in enumerate(curve):
         ranks = judged.ranks[0, place][judged.target.mask[0]]
         assert point.value == pytest.approx(float((1 / (1 + ranks.double())).mean()))
+
+
+WRONG = {
+    "alignment_error_rate(maps, [[(0, 1, 'sure')]])": "these are no links",
+    "frequency_correlation(ratios, [1.0] * 500)": "these are no frequencies",
+    "read_annotations(['a.csv', 'b.csv'])": "cannot use this paths",
+    "alias_match([['one']])": "a dictionary with a list of texts for each input",
+    "cm.ff_values(model, via=[1])": "names no head",
+    "knockout_curve(model, 'the', [(1, 2)])": "these components have no order",
+}
+
+
+def test_what_is_of_the_wrong_kind_is_said() -> None:
+    setting = """
+        import tl_contextmix as cm
+        from tl_contextmix.evaluation import *
+        model = cm.load_demo("masked-lm")
+        maps = cm.attention(model, "the key", heads=False)
+        ratios = cm.mixing_ratio(model, "the key")
+    """
+    found = answers(textwrap.dedent(setting), *WRONG)
+    for question, (kind, message) in found.items():
+        assert kind == "InvalidInput", (question, message)
+        assert WRONG[question] in message

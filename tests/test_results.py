@@ -134,7 +134,7 @@ def test_equals_sees_every_field(result: Any):
     others = {
         "point": "other",
         "title": "other",
-        "unit": "other",
+        "unit": "importance",
         "provenance": dataclasses.replace(PROVENANCE, options={"layer": 0}),
     }
     for field in dataclasses.fields(result):

@@ -26,6 +26,7 @@ from tl_contextmix.results import (
     Provenance,
     Result,
     Tokens,
+    ValueReadouts,
     storage,
 )
 
@@ -38,10 +39,10 @@ EACH = [
 
 
 def _rewrite(path: Path, labels: Callable[[Any], Any] = lambda old: old, **metadata: str) -> None:
-    """Writes a file again with other labels (a JSON value, or bytes) and metadata."""
+    """Writes a file again with other labels (a JSON value, or bytes), as one without a checksum."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        kept = file.metadata() | metadata
+        kept = {"tl_contextmix": "2"} | metadata
     new = labels(json.loads(bytes(tensors.pop("labels").numpy())))
     body = new if isinstance(new, bytes) else json.dumps(new).encode()
     tensors["labels"] = torch.tensor([*body], dtype=torch.uint8)
@@ -206,6 +207,56 @@ def test_truncated_files(saved: Path):
     for length in (1, 8, 100, len(whole) // 2, len(whole) - 1):
         saved.write_bytes(whole[:length])
         assert "no safetensors file" in _refused(saved)
+
+
+def test_a_damaged_byte_is_found_wherever_it_is(tmp_path: Path):
+    readouts = ValueReadouts(
+        layer=torch.tensor([0]),
+        neuron=torch.tensor([3]),
+        ids=torch.tensor([[[7, 8], [9, 7]]]),
+        logits=torch.rand(1, 2, 2),
+        max_prob=torch.rand(1, 2),
+        entropy=torch.rand(1, 2),
+        norm=torch.rand(1),
+        words={"7": "a", "8": "b", "9": "c"},
+        provenance=PROVENANCE,
+    )
+    path = readouts.save(tmp_path / "readouts")
+    whole = path.read_bytes()
+    for place in range(8, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            found = ValueReadouts.load(path)
+        except FileFormatError:
+            continue
+        assert found.equals(readouts), place  # the name of the checksum, for one
+    path.write_bytes(whole)
+    # Files of earlier versions have no checksum: what their numbers stand for is looked up.
+    _rewrite(path, lambda old: json.loads(json.dumps(old).replace('"9": "c"', '"6": "c"')))
+    assert "ValueReadouts.ids do not fit words: got ['9'] without a name" in _refused(path, Result)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "labels", "message"),
+    [
+        ("ComponentReadouts", "top_words", {"tuple": []}, "top_words does not fit its labels"),
+        ("ContextReliance", "by", "hope", "value of by"),
+        ("AttributionGraph", "unit", "hope", "value of unit"),
+        ("ScoreContributions", "target", 4, "no such place on the axis of target"),
+        ("LogProbContributions", "tokens", None, "no such place on the axis of components.pos"),
+    ],
+)
+def test_labels_that_do_not_fit_each_other(
+    tmp_path: Path, kind: str, field: str, labels: Any, message: str
+):
+    (result,) = (one for one in hand_built.one_of_each() if type(one).__name__ == kind)
+    path = result.save(tmp_path / "result")
+    if labels is None:  # a position beyond the tokens
+        few = dataclasses.replace(result, tokens=hand_built.tokens(2, 1))
+        few.save(path)
+    else:
+        _rewrite(path, _field(field, labels))
+    assert message in _refused(path, Result)
 
 
 def test_safetensors_files_of_something_else(tmp_path: Path):

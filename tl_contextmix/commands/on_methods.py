@@ -25,7 +25,7 @@ from tl_contextmix.engine.registry import methods
 from tl_contextmix.engine.selection import Chosen
 
 # Asked for in words of their own, or of no use in a command.
-_NOT_OPTIONS = ("model", "input", "pos", "inputs", "tokenizer", "dictionary")
+_NOT_OPTIONS = ("model", "input", "inputs", "tokenizer", "dictionary")
 # What is asked of other models, or cannot be asked with defaults alone.
 _EXAMPLES = {
     "decoder-lens": 'encoder-decoder "the bat burned ."',
@@ -60,7 +60,8 @@ def command(name: str) -> click.Command:
 
     run = add_output()(run)
     for one in reversed([*inspect.signature(function).parameters.values()]):
-        option = _option(one, hints[one.name])
+        # What asks about a prediction has its position among what is asked.
+        option = None if method.asks and one.name == "pos" else _option(one, hints[one.name])
         run = run if option is None else option(run)
     if method.asks:
         run = add_asked(generate=True)(run)
@@ -86,6 +87,10 @@ def _option(parameter: inspect.Parameter, hint: Any) -> Any:
         return several(name, kind=Numbered(), help=help_text, required=hint == Chosen)
     if parameter.name == "edge":
         return click.option(name, type=Numbered("L.H.T.S"), help="Layer, head, target, source.")
+    if parameter.name == "pos":
+        last = "the last" if parameter.default == -1 else "all"
+        help_text = f"Positions, from the end if negative. Default: {last}."
+        return several("--position", "pos", kind=click.INT, help=help_text)
     default = parameter.default
     shown: dict[str, Any] = {"required": True} if default is inspect.Parameter.empty else {}
     arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

@@ -36,7 +36,7 @@ def alias_match(aliases: Annotated[Mapping[str, Sequence[str]], LATER]) -> UserM
         answers, which leaves it out.
 
     Raises:
-        InvalidInput: If answers are no lists of texts.
+        InvalidInput: If there is no list of texts for each input.
 
     Example:
         >>> from tl_contextmix.evaluation import alias_match
@@ -44,12 +44,14 @@ def alias_match(aliases: Annotated[Mapping[str, Sequence[str]], LATER]) -> UserM
         >>> right("leo tolstoy.", None, "who wrote it?")
         1.0
     """
-    for source, some in aliases.items():
-        if isinstance(some, str) or not all(isinstance(one, str) for one in some):
+    listed = aliases.items() if isinstance(aliases, Mapping) else [("any input", aliases)]
+    for source, some in listed:
+        texts = isinstance(some, (list, tuple, set)) and all(isinstance(one, str) for one in some)
+        if not texts or not isinstance(aliases, Mapping):
             raise InvalidInput(
                 "these are no answers",
                 f"{seen(some)} for {source!r}",
-                "a list of texts for each input",
+                "a dictionary with a list of texts for each input",
                 "Put a single answer into a list.",
             )
     known = {source: {_plain(one) for one in some} for source, some in aliases.items()}

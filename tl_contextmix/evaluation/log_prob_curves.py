@@ -137,6 +137,13 @@ def knockout_curve(
     """
     import pandas
 
+    if not isinstance(components, LogProbContributions):
+        raise InvalidInput(
+            "these components have no order",
+            seen(components),
+            "a result of log_prob_contributions",
+            "Ask it by='head' or by='ff_neuron'; knockout takes components of your own.",
+        )
     there = int((~components.components.is_empty()).sum(dim=1).min())
     if not counts or not 1 <= min(counts) <= max(counts) <= there:
         raise InvalidInput(

@@ -102,16 +102,25 @@ def _links(map: ContextMap, row: int, pairs: Any) -> set[tuple[int, int]]:
         {number: at for at, number in enumerate(side.labels()) if side.mask[row, at]}
         for side in (map.target, map.source)
     ]
+    try:
+        links = [(int(target), int(source)) for target, source in pairs]
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            "these are no links",
+            f"{seen(pairs)} in sentence {row}",
+            "pairs (target, source) of whole numbers",
+            "Give possible links on their own, as possible=.",
+        ) from error
     result = set[tuple[int, int]]()
-    for target, source in pairs:
-        if int(target) not in places[0] or int(source) not in places[1]:
+    for target, source in links:
+        if target not in places[0] or source not in places[1]:
             raise InvalidInput(
                 "a link is outside of the map",
-                f"{(int(target), int(source))} in sentence {row}",
+                f"{(target, source)} in sentence {row}",
                 f"a target of {[*places[0]]}, a source of {[*places[1]]}",
                 "Count positions as the map does, marks included.",
             )
-        result.add((places[0][int(target)], places[1][int(source)]))
+        result.add((places[0][target], places[1][source]))
     return result
 
 
@@ -129,7 +138,7 @@ def _strongest(map: ContextMap, row: int, scores: torch.Tensor) -> set[tuple[int
 
 @checked
 def frequency_correlation(
-    figures: TokenFigures, frequencies: Annotated[Mapping[int, float], LATER]
+    figures: TokenFigures, frequencies: Annotated[Mapping[int, int] | Mapping[int, float], LATER]
 ) -> LayerCurves:
     r"""Returns whether a figure of tokens goes with how frequent they are, layer by layer.
 
@@ -168,6 +177,13 @@ def frequency_correlation(
         for words, mask in zip(tokens.strings, tokens.mask.tolist(), strict=True)
     ]
     ids = [tokens.ids[row, some].tolist() for row, some in enumerate(kept)]
+    if not isinstance(frequencies, Mapping):
+        raise InvalidInput(
+            "these are no frequencies",
+            seen(frequencies),
+            "how often each token id occurs, by id",
+            "Pass a dictionary, of an array dict(enumerate(array)).",
+        )
     unknown = {i for row in ids for i in row} - {*frequencies}
     if unknown:
         raise InvalidInput(

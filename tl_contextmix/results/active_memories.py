@@ -55,6 +55,10 @@ class Memories(LabelledArray):
     LABELS = {"layer": "layers", "pos": "tokens", "side": ("v", "-v")}
     COLUMNS = {"active": "active", "agreeing": "agreeing"}
     ARRAY = "coefficients"
+    NAMED = {
+        **dict.fromkeys(("residual_top", "ffn_top", "output_top", "final_top", "_told"), "words"),
+        "case": "cases",
+    }
 
     coefficients: Float[torch.Tensor, "batch layer pos neuron"]
     active: Float[torch.Tensor, "batch layer pos"]
@@ -76,6 +80,10 @@ class Memories(LabelledArray):
     expert: Int[torch.Tensor, "layer neuron"] | None = None
 
     @property
+    def _told(self) -> Int[torch.Tensor, " some"]:
+        return self.promoted[self.promoted != -1]
+
+    @property
     def zero_agreement(self) -> torch.Tensor:
         """Where no active memory promotes the top token of the feed-forward output."""
         return self.agreeing == 0
@@ -94,7 +102,7 @@ class Memories(LabelledArray):
         count = int(self.tokens.mask.sum())
         return CompositionFigures(sums, count, self.layers, self.cases, self.provenance)
 
-    def agreements(self, *, stop_words: Collection[str] = (), short: int = 5) -> LayerFigures:
+    def agreements(self, *, stop_words: str | Collection[str] = (), short: int = 5) -> LayerFigures:
         """Returns what is special about positions where a memory agrees with its layer.
 
         In the 2021 paper (section 5.1) most of what single memories decide are stop words, or
@@ -110,6 +118,7 @@ class Memories(LabelledArray):
         Returns:
             `LayerFigures` [batch layer quantity]; NaN where no memory agrees.
         """
+        stop_words = [stop_words] if isinstance(stop_words, str) else stop_words
         short, words = require_number("short", short), {w.strip().lower() for w in stop_words}
         ids = self.ffn_top.cpu()
         stops = [i for i, word in self.words.items() if word.strip(" \u2581").lower() in words]
@@ -223,18 +232,33 @@ class Memories(LabelledArray):
         }
 
     def panels(self) -> tuple[Panel, ...]:
-        """Returns the paper's charts over these positions, and the largest memories at the last."""
-        last = int(self.tokens.mask[0].nonzero()[-1])
-        frame = self._longest(3, None, 0, last).fillna({"promotes": "(not read)"})
-        table = table_of(
-            [*frame.itertuples()],
-            {"memory": memory_name, **{n: n for n in ("coefficient", "length", "promotes")}},
-            f"Memories at {self.tokens.strings[0][last]!r}",
-            "The three memories of each layer that add the longest vectors to the last position "
-            "of the first text, and the token each promotes.",
-            signed=("coefficient",),
-        )
-        return (*self.figures().panels(), table)
+        """Returns the paper's charts, and the largest memories where they were asked about."""
+        words = self.tokens.strings[0]
+        k = min(3, self.provenance.options.get("k") or 3)
+        cells = {"memory": memory_name, **{n: n for n in ("coefficient", "length", "promotes")}}
+        tables = []
+        for place in self._shown():
+            frame = self._longest(k, None, 0, place).fillna({"promotes": "(not read)"})
+            tables.append(
+                table_of(
+                    [*frame.itertuples()],
+                    cells,
+                    f"Memories at {words[place]!r} ({self.tokens.labels()[place]})",
+                    "The memories of each layer that add the longest vectors to this position of "
+                    "the first text, and the token each promotes.",
+                    signed=("coefficient",),
+                )
+            )
+        return (*self.figures().panels(), *tables)
+
+    def _shown(self) -> list[int]:
+        """Returns the places of the first text that were asked about; of all, or none, the last."""
+        real = self.tokens.mask[0].nonzero()[:, 0].tolist()
+        numbers = [self.tokens.labels()[place] for place in real]
+        asked = self.provenance.options.get("pos", -1)
+        listed = asked if isinstance(asked, list) else [-1 if isinstance(asked, str) else asked]
+        there = [one for one in listed if one in numbers or -len(real) <= one < 0]
+        return [real[one if one < 0 else numbers.index(one)] for one in there] or real[-1:]
 
 
 def longest(

@@ -15,7 +15,7 @@ from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.display_text import visible
 from tl_contextmix.plotting.panels import Dot, Graph, Panel, Place, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, largest
+from tl_contextmix.results.axes import as_array, largest, require_place
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.component_sets import SHOWN
 from tl_contextmix.results.components import ERRORS, FEATURES, short_name
@@ -132,6 +132,7 @@ class AttributionGraph(Result):
     """
 
     LABELS = {"target": "nodes", "source": "nodes", "node": "nodes"}
+    CHOICES = {"unit": tuple(_CAPTIONS)}
 
     scores: Float[torch.Tensor, " node"]
     edges: Float[torch.Tensor, "target source"]
@@ -147,6 +148,13 @@ class AttributionGraph(Result):
     encoder: Tokens | None
     provenance: Provenance
     unit: str = "nats"
+
+    def _require_whole(self) -> None:
+        """Raises InvalidInput for a node at a position that there is not, too."""
+        super()._require_whole()
+        for node in self.nodes:
+            side = self.encoder if node.kind.startswith("encoder") else None
+            require_place("nodes", node.pos, (side or self.tokens).shape[1])
 
     def influence(self) -> Float[torch.Tensor, " node"]:
         """Returns circuit-tracer's influence of each node on the answer.

@@ -97,3 +97,14 @@ def as_array(tensor: torch.Tensor) -> Any:
     """Returns a NumPy array on the CPU; bfloat16, which NumPy lacks, as float32."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def require_place(name: str, last: int, size: int) -> None:
+    """Raises InvalidInput for a place that an axis of this size has not."""
+    if not -1 <= last < size:  # -1 is none
+        raise InvalidInput(
+            f"there is no such place on the axis of {name}",
+            str(last),
+            f"at most {size - 1}",
+            "Save the result again.",
+        )

@@ -101,6 +101,8 @@ class Result(Shown):
     """The labels of an axis: the name of the field that holds them, or the labels themselves."""
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The words that a field may be."""
+    NAMED: ClassVar[Mapping[str, str]] = {}
+    """The names of whole numbers: field of the numbers, and of the names, by place or by number."""
     FROM_ZERO: ClassVar[str] = ""
     """The field of numbers that are from 0, unless `signed`, and 0 at padding: their sums, ranks
     and products count on that."""
@@ -128,6 +130,20 @@ class Result(Shown):
             require_choice(f"value of {field}", getattr(self, field), words)
         if self.FROM_ZERO and getattr(self, self.FROM_ZERO).numel():
             self._require_from_zero(self.FROM_ZERO)
+
+    def _require_whole(self) -> None:
+        """Raises InvalidInput for a number without a name, which only a file can have."""
+        for field, names in self.NAMED.items():
+            known = getattr(self, names)
+            known = known if isinstance(known, dict) else {str(i) for i in range(len(known))}
+            found = {str(number) for number in getattr(self, field).unique().tolist()}
+            if not found <= {*known}:
+                raise InvalidInput(
+                    f"{type(self).__name__}.{field} do not fit {names}",
+                    f"{sorted(found - {*known})[:5]} without a name",
+                    f"numbers of {names}",
+                    "Save the result again.",
+                )
 
     def _require_from_zero(self, field: str) -> None:
         """Raises InvalidInput for numbers below zero, unless `signed`, or at padding."""

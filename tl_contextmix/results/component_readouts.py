@@ -86,7 +86,8 @@ class ComponentReadouts(ComponentSet):
             wide["direction"] = direction
             wide["rank"] = list(range(1, count + 1)) * len(frame)
             words = getattr(self, f"{direction}_words")
-            wide["token"] = [word for row in words for one in row for word in one]
+            nothing = ("",) * count  # of the empty places that `top` leaves
+            wide["token"] = [word for row in words for one in row for word in one or nothing]
             wide["token_id"] = as_array(getattr(self, f"{direction}_ids")).reshape(-1)
             wide["logit"] = as_array(getattr(self, f"{direction}_logits")).reshape(-1)
             parts.append(wide[wide.score.notna()])

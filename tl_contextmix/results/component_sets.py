@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tl_contextmix.core.validation import require_number
 from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting.panels import Heatmap, Table
-from tl_contextmix.results.axes import as_array, largest
+from tl_contextmix.results.axes import as_array, largest, require_place
 from tl_contextmix.results.base import tensor_axes
 from tl_contextmix.results.components import (
     COLUMNS,
@@ -54,6 +54,17 @@ class ComponentSet(LabelledArray):
         if getattr(self, "sentence", 0) is None:  # files of 0.1.0: each row is a sentence
             object.__setattr__(self, "sentence", torch.arange(len(self.scores)))
         super().__post_init__()
+
+    def _require_whole(self) -> None:
+        """Raises InvalidInput for a position that there is not, too."""
+        super()._require_whole()
+        for kind in self.components.kind.unique().tolist():
+            name, mine = KINDS[kind], self.components.kind == kind
+            own = self.encoder if name.startswith("encoder") else None
+            sides = {"pos": own or self.tokens, "source": self._read().get(name, self.tokens)}
+            for column, side in sides.items():
+                last = int(getattr(self.components, column)[mine].max())
+                require_place(f"components.{column}", last, side.shape[1])
 
     def labels(self, row: int = 0) -> tuple[str, ...]:
         """Returns the short name of each component of a sentence."""

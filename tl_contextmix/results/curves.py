@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import torch
@@ -101,20 +102,21 @@ class LayerCurves(RowTable):
 
     def _chart(self, metric: str) -> Curves:
         points = [point for point in self.points if point.metric == metric]
-        layers = list(dict.fromkeys(point.layer for point in points))
-        found = {(point.category, point.layer): point for point in points}
+        layers = sorted({point.layer for point in points})
         categories = dict.fromkeys(point.category for point in points)
+        found = {(point.category, point.layer): point for point in points}
+        # Models differ in depth: a layer that a curve lacks is a gap.
+        lines = [[found.get((category, layer)) for layer in layers] for category in categories]
         return Curves(
             title=f"{self.title}: {metric}",
             caption=self.caption,
             labels=tuple(f"layer {layer}" for layer in layers),
             series=tuple(
-                (known_in_words(category), tuple(found[category, layer].value for layer in layers))
-                for category in categories
+                (known_in_words(category), tuple(one.value if one else nan for one in line))
+                for category, line in zip(categories, lines, strict=True)
             ),
             intervals=tuple(
-                tuple((found[category, layer].low, found[category, layer].high) for layer in layers)
-                for category in categories
+                tuple((one.low, one.high) if one else (nan, nan) for one in line) for line in lines
             ),
             unit=metric,
             axis="layer",

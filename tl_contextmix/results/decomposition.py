@@ -61,17 +61,18 @@ class Decomposition(LabelledArray):
         summed = [self.axes.index(axis) for axis in ("head", "source") if axis in self.axes]
         return self.parts.sum(dim=summed) + self.bias
 
-    def norms(self, *, without: Sequence[int] = ()) -> ContextMap:
+    def norms(self, *, without: int | Sequence[int] = ()) -> ContextMap:
         """Returns the Euclidean norm of every part, as a map; 0 at padding.
 
         Args:
-            without: Dimensions of the residual stream that do not count, such as outliers that a
-                norm's gain makes large (Kobayashi et al. 2024).
+            without: Dimension or dimensions of the residual stream that do not count, such as
+                outliers that a norm's gain makes large (Kobayashi et al. 2024).
 
         Raises:
             InvalidInput: If there is no such dimension.
         """
-        dims = positions("d_model", [*without], range(self.bias.shape[-1])) if without else []
+        listed = [without] if isinstance(without, int) else [*without]
+        dims = positions("d_model", listed, range(self.bias.shape[-1])) if listed else []
         kept = torch.ones_like(self.bias[0, 0, 0]).index_fill(
             0, torch.tensor(dims, device=self.bias.device).long(), 0
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from jaxtyping import Bool
 
-from tl_contextmix.core.validation import require_number
+from tl_contextmix.core.validation import require_number, require_shape
 from tl_contextmix.errors import ContextMixError, InvalidInput, warn
 from tl_contextmix.results.axes import as_array, largest, positions
 from tl_contextmix.results.base import Result, axes_of, tensor_axes
@@ -41,6 +41,22 @@ class LabelledArray(Result):
     """The fields whose differences mean something; empty: `a - b` does not."""
     BY_SIZE: ClassVar[bool] = False
     """Whether numbers have a sign that a ranking leaves out."""
+
+    def _require_whole(self) -> None:
+        """Raises InvalidInput for text that does not fit its axes, too."""
+        super()._require_whole()
+        sizes = {
+            axis: size
+            for field, axes in tensor_axes(type(self)).items()
+            if getattr(self, field) is not None
+            for axis, size in zip(axes, getattr(self, field).shape, strict=True)
+        }
+        for name, axes in self.TEXTS.items():
+            level = [] if getattr(self, name) is None else [getattr(self, name)]
+            for axis in axes:
+                for one in level:
+                    require_shape(f"{type(self).__name__}.{name}", (len(one),), (sizes[axis],))
+                level = [inner for one in level for inner in one]
 
     # Axes
 

@@ -42,6 +42,10 @@ class ContextReliance(LabelledArray):
     COLUMNS = {"score": "scores"}
     TEXTS = {"without": ("batch", "target")}
     BY_SIZE = True
+    CHOICES = {
+        "by": ("gradient_x_input", "attention_knockout", "value_zeroing"),
+        "metric": ("kl", "pcxmi"),
+    }
 
     scores: Float[torch.Tensor, "batch target source"]
     kl: Float[torch.Tensor, "batch target"]

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from tl_contextmix.core.validation import require_choice
 from tl_contextmix.plotting.panels import Heatmap, Panel, Place, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, largest
+from tl_contextmix.results.axes import as_array, largest, require_place
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.component_sets import SHOWN
 from tl_contextmix.results.components import Components, short_name
@@ -69,6 +69,12 @@ class ScoreContributions(Result):
     tokens: Tokens
     read: Tokens
     provenance: Provenance
+
+    def _require_whole(self) -> None:
+        """Raises InvalidInput for a position that there is not, too."""
+        super()._require_whole()
+        for name, side in (("target", self.tokens), ("source", self.read)):
+            require_place(name, getattr(self, name), side.shape[1])
 
     def labels(self, axis: str) -> tuple[str, ...]:
         """Returns the short names of the components of an axis, ``"target"`` or ``"source"``."""

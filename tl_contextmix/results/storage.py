@@ -15,6 +15,7 @@ import shutil
 import types
 import typing
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,8 @@ FORMAT_VERSION = 2
 _READ = ("1", "2")
 # The labels are a tensor of bytes: safetensors bounds its header, and with it a million labels.
 _LABELS = "labels"
+# Of all tensors: a byte that changed on the way gives no other number. Older files have none.
+CHECKSUM = "crc32"
 
 _CLASSES: dict[str, type] = {}
 AnyClass = TypeVar("AnyClass", bound=type)
@@ -81,8 +84,24 @@ def save(result: object, path: str | Path, *, name: str | None = None) -> Path:
     labels = json.dumps(_pack(result, tensors)).encode()
     tensors[_LABELS] = torch.frombuffer(bytearray(labels), dtype=torch.uint8)
     with replacing(path, name) as part:
-        save_file(tensors, str(part), metadata={FORMAT: str(FORMAT_VERSION)})
+        made = {FORMAT: str(FORMAT_VERSION), CHECKSUM: checksum(tensors)}
+        save_file(tensors, str(part), metadata=made)
     return path
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """Returns a checksum over names, types, shapes and bytes of tensors on the CPU."""
+    found = 0
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), found)
+        found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
+
+
+def require_checksum(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError unless tensors are those that were written; older files cannot tell."""
+    if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors):
+        raise ValueError("bytes that are not those that were written: a damaged copy")
 
 
 @contextmanager
@@ -157,7 +176,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise _unreadable(path, "no file of this name", remedy="Check the path.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            version = (file.metadata() or {}).get(FORMAT)
+            made = file.metadata() or {}
+            version = made.get(FORMAT)
             # Other tools' files may be large: their tensors are not read.
             names = file.keys() if version in _READ else ()
             tensors = {name: file.get_tensor(name) for name in names}
@@ -172,6 +192,10 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             f"version {' or '.join(_READ)}",
             "Load it with the version of tl_contextmix that wrote it, or a newer one.",
         )
+    try:
+        require_checksum(made, tensors)
+    except ValueError as error:
+        raise _unreadable(path, str(error)) from error
     return tensors
 
 
@@ -227,7 +251,9 @@ def _build(name: str, packed: dict[str, Any], tensors: dict[str, torch.Tensor]) 
     for key, value in fields.items():
         if key not in hints or not _fits(value, hints[key]):
             raise ValueError(f"{name}.{_short(key)} cannot be a {type(value).__name__} like this")
-    return _CLASSES[name](**fields)
+    made = _CLASSES[name](**fields)
+    getattr(made, "_require_whole", lambda: None)()
+    return made
 
 
 @functools.cache

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 
 from tl_contextmix.core.pieces import join_pieces
 from tl_contextmix.core.statistics import bootstrap_interval
-from tl_contextmix.core.validation import require_number
+from tl_contextmix.core.validation import require_number, require_shape
 from tl_contextmix.plotting.panels import Bars, Panel, Samples, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array
+from tl_contextmix.results.axes import as_array, require_place
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.results.row_tables import RowTable, as_text, frame_of, memory_name, table_of
@@ -51,6 +51,11 @@ class Trigger:
     activations: tuple[float, ...]
     next_token: str
     spaced: bool | None = None
+
+    def _require_whole(self) -> None:
+        """Raises InvalidInput for a position or activations that do not fit the tokens."""
+        require_place("position", self.position, len(self.tokens))
+        require_shape("Trigger.activations", (len(self.activations),), (len(self.tokens),))
 
     @property
     def token(self) -> str:
@@ -158,6 +163,8 @@ class TriggerAgreement(Result):
         words: Text of each token that occurs, by its id.
         provenance: Where it comes from.
     """
+
+    NAMED = {"top": "words", "next_token": "words"}
 
     layer: Int[torch.Tensor, " memory"]
     neuron: Int[torch.Tensor, " memory"]

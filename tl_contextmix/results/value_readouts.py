@@ -43,6 +43,7 @@ class ValueReadouts(Result):
     """
 
     LABELS = {"side": _SIDES}
+    NAMED = {"ids": "words"}
 
     layer: Int[torch.Tensor, " value"]
     neuron: Int[torch.Tensor, " value"]

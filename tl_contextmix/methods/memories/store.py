@@ -29,7 +29,7 @@ from tl_contextmix.methods.memories.corpus_arguments import (
     require_path,
 )
 from tl_contextmix.methods.memories.topk import TopK, on_host, unpack_places, unpack_tokens
-from tl_contextmix.results.storage import replacing
+from tl_contextmix.results.storage import CHECKSUM, checksum, replacing, require_checksum
 
 if TYPE_CHECKING:
     import pandas
@@ -96,7 +96,7 @@ def save_part(part: Part, folder: Path) -> None:
             tensors[f"{layer} {tail} {name}"] = entry.contiguous()
     facts = {name: getattr(part, name) for name in _FACTS}
     facts |= {"format": FORMAT_VERSION, "counts": dict(part.counts)}
-    metadata = {"part": json.dumps(facts, sort_keys=True)}
+    metadata = {"part": json.dumps(facts, sort_keys=True), CHECKSUM: checksum(tensors)}
     path = part_path(folder, part.rank, part.world_size)
     _write(path, lambda place: save_file(tensors, str(place), metadata=metadata))
 
@@ -107,11 +107,13 @@ def load_part(path: Path, device: torch.device) -> Part:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["part"])
+            metadata = file.metadata() or {}
+            facts = json.loads(metadata["part"])
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
         if facts["format"] != FORMAT_VERSION:
             raise ValueError(f"format version {facts['format']}")
+        require_checksum(metadata, tensors)
         check_part(facts, tensors)
         digests = tensors.pop("digests")
         columns: dict[tuple[int, str], dict[str, Tensor]] = {}
