@@ -21,7 +21,7 @@ from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.engine.citations import references
-from tl_contextmix.errors import ContextMixWarning, bad
+from tl_contextmix.errors import ContextMixWarning, InvalidInput
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.plotting import Page, Section
 from tl_contextmix.plotting.panels import Panel, Table
@@ -336,7 +336,9 @@ def rows_of(path: str) -> list[dict[str, Any]]:
     rows = []
     for number, found in enumerate(open_corpus(path, rows=True).documents()):
         if found.text is None:
-            raise bad(f"row {number} of {path} cannot be read", found.problem, "a row", "Fix it.")
+            raise InvalidInput(
+                f"row {number} of {path} cannot be read", found.problem, "a row", "Fix it."
+            )
         rows.append(json.loads(found.text))
     return rows
 

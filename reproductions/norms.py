@@ -30,7 +30,7 @@ from grammar_fr import TranslationGrammar
 
 import tl_contextmix as cm
 from tl_contextmix.core.words import is_mark
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.evaluation import alignment_error_rate, expansion_rates, frequency_correlation
 from tl_contextmix.results import ContextMap
 
@@ -193,7 +193,7 @@ def aligned(found: Reproduction, name: str, model: Any, bitext: Bitext) -> None:
         if [*map(len, word_places(maps["norms"], row))] == [len(text.split()) for text in texts]
     ]
     if not kept:
-        raise bad(
+        raise InvalidInput(
             "no sentence can be aligned",
             "words that the tokenizer cuts otherwise, in all of them",
             "blanks between words, and around punctuation",

@@ -29,6 +29,7 @@ from tl_contextmix.commands.names import COMMANDS, DEMOS, METHODS
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.evaluation.compare import comparable
+from tl_contextmix.plotting.panels import Table
 from tl_contextmix.results import Memories, Result
 
 pytestmark = pytest.mark.once
@@ -131,7 +132,7 @@ def test_memories_are_read_at_the_positions_asked_for(capsys, tmp_path):
     found = Memories.load(path)
     expected = cm.ff_memories(cm.load_demo("causal-lm"), TEXT, layer=[2], pos=[1, -1], k=k)
     assert found.equals(expected)
-    tables = [one for one in found.panels() if one.title.startswith("Memories at")]
+    tables = [one for one in found.panels() if isinstance(one, Table)]
     words, last = found.tokens.strings[0], found.tokens.shape[1] - 1
     assert [one.title for one in tables] == [
         f"Memories at {words[place]!r} ({place})" for place in (1, last)
