@@ -24,7 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import shape_wrapper
 
-from tl_contextmix.core.counters import Memory, Operations
+from tl_contextmix.core.counters import ONEDNN, Memory, Operations
 from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.results.labels import package_version
 
@@ -107,7 +107,7 @@ class WithoutProducts(TorchDispatchMode):
         """Runs an operator unless it is a product."""
         if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
             return args[0].new_ones(*args[0].shape[:-1], args[1].shape[-1])
-        if func is torch.ops.mkldnn._linear_pointwise.default:
+        if func.overloadpacket is ONEDNN:
             return args[0].new_ones(*args[0].shape[:-1], len(args[1]))
         return func(*args, **(kwargs or {}))
 

@@ -103,6 +103,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     asked = None if device is None else torch.device(device).type == GPU.type
     to_gpu = any(there) if name not in _ANYWHERE else there[0]
     free = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+    to_cpu = (name == "copy_" and there == [False, True]) or (name == "_to_copy" and asked is False)
+    if free and to_cpu and there[-1]:
+        raise RuntimeError("what is copied from the GPU may be read before it is there")
     WAITS.see(name, there, args, asked, blocking=not free)
     if device is not None:
         to_gpu = bool(asked)
@@ -168,6 +171,8 @@ def require_refusals() -> None:
             lambda: x.gather(0, place.cpu()),
             lambda: x.masked_fill(torch.ones(3, dtype=torch.bool), 0),
             lambda: x.cumsum(0),
+            lambda: x.to("cpu", non_blocking=True),
+            lambda: torch.ones(3).copy_(x, non_blocking=True),
         ]
         for one in wrong:
             try:
@@ -306,6 +311,10 @@ def ask_options(asked: Asked, family: str) -> None:
             "memories": lambda: cm.ff_memories(**padded, projection="frozen").figures(),
             "gradients": lambda: cm.gradient_x_input(**padded, of="log_prob"),
         }
+        elsewhere = zoo.shared(CASES[family])
+        calls["tokens there, model here"] = lambda: cm.attention_norms(
+            elsewhere, given.tokens.to(GPU), attention_mask=mask.to(GPU), at="mlp_out"
+        )
         for by in cuts:
             calls[by] = lambda by=by: cm.log_prob_contributions(**padded, by=by).top(5)
         for name, function in calls.items():

@@ -248,6 +248,15 @@ class _Work(TorchDispatchMode):
         return out
 
 
+def test_memories_of_many_neurons_are_estimated() -> None:
+    """More values than the numbers of a model that shapes alone stand for."""
+    model = random_gpt2(words=2_000, positions=64, neurons=8192)
+    told = cm.estimate(model, 16, partial(cm.ff_memories, k=5)).flops
+    with Operations() as counter:
+        cm.ff_memories(model, torch.arange(5, 21)[None], k=5)
+    assert 0.8 <= told / counter.total <= 1.25
+
+
 def test_told_to_a_reader() -> None:
     model = model_of(case_of("gpt2"))
     told = cm.estimate(model, 6, partial(cm.attention_norms, at="mlp_out"), batch=3)
@@ -296,13 +305,14 @@ def middle() -> Any:
     return random_gpt2(words=500, positions=8192)
 
 
-def random_gpt2(words: int, positions: int) -> Any:
+def random_gpt2(words: int, positions: int, neurons: int = 256) -> Any:
     """A random GPT-2 of two layers."""
     options = {
         "vocab_size": words,
         "n_positions": positions,
         "n_ctx": positions,
         "n_embd": 64,
+        "n_inner": neurons,
         "n_layer": 2,
         "n_head": 4,
         "bos_token_id": 0,

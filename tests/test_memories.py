@@ -150,6 +150,18 @@ def test_few_values_are_read_as_all_are(
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_a_text_may_have_no_position_that_is_asked_about(family: str) -> None:
+    model, ids = zoo.build(case_of(family)), torch.arange(5, 23).view(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    asked: dict[str, Any] = {"neurons": [1, 2], "pos": [7, 8]}
+    both = cm.token_memory(model, ids, attention_mask=mask, **asked)
+    one = cm.token_memory(model, ids[:1], **asked)
+    assert relative(both.coefficients[:1], one.coefficients) < 1e-12
+
+
+@pytest.mark.once
 def test_nothing_agrees_where_nothing_is_active() -> None:
     model = zoo.build(case_of("gpt2"))
     with torch.no_grad():

@@ -37,6 +37,11 @@ def _linear(rows: Tensor, matrix: Tensor, *others: Any, **options: Any) -> int:
     return 2 * rows.numel() * matrix.shape[0]
 
 
+# PyTorch may be built without oneDNN.
+ONEDNN = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+"""Its product of rows with a matrix, whose rows are those of the result; None without it."""
+
+
 class Operations(TorchDispatchMode):
     """Counts the operations done while it is active; see `count_operations`.
 
@@ -50,7 +55,7 @@ class Operations(TorchDispatchMode):
     table: ClassVar[Mapping[Any, Callable[..., int]]] = {
         **flop_registry,
         torch.ops.aten._grouped_mm: _rows,
-        torch.ops.mkldnn._linear_pointwise: _linear,
+        **({} if ONEDNN is None else {ONEDNN: _linear}),
     }
 
     def __init__(self) -> None:

@@ -636,7 +636,7 @@ def multiply(
 
     It takes half of the time of MKL on AMD's processors, whose AVX-512 MKL does not use.
     """
-    large = x.numel() * weight.shape[1] >= _LARGE
+    large = weight.ndim == 2 and x.numel() * weight.shape[1] >= _LARGE
     if not (large and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu):
         return x @ weight
     dense = weight.is_contiguous() or weight.T.is_contiguous()
@@ -662,7 +662,10 @@ def beside(like: Tensor | torch.device, numbers: Tensor | Sequence[Any]) -> Tens
     it comes to it, and is waited for.
     """
     device = like if isinstance(like, torch.device) else like.device
-    return torch.as_tensor(numbers).to(device, non_blocking=device.type != "mps")
+    if not isinstance(numbers, Tensor):  # of an empty list torch makes fractions
+        numbers = torch.as_tensor(numbers or torch.zeros(0, dtype=torch.long))
+    # What comes from a GPU has to be there before it is read.
+    return numbers.to(device, non_blocking=numbers.is_cpu and device.type != "mps")
 
 
 def listed(vectors: Sequence[Tensor]) -> list[list[Any]]:

@@ -171,7 +171,8 @@ class _Values:
 def _where(mask: Tensor, share: float) -> Int[Tensor, " some"]:
     """Returns where a mask is true, on the host; on shapes alone, how often in a random model."""
     if mask.is_meta:
-        return torch.linspace(0, len(mask) - 1, round(share * len(mask))).long()
+        count = round(share * len(mask))
+        return torch.arange(count) * len(mask) // max(1, count)
     return mask.nonzero()[:, 0].cpu()
 
 
