@@ -273,8 +273,8 @@ def _offer_bfloat16(products: list[tuple[Tensor, int, int]]) -> None:
     if whole >= _MANY:
         warn(
             f"these norms took {whole / 1e12:.2g} TFLOP in float32 though the model is in "
-            f"bfloat16: precision='bfloat16' takes {low / whole:.0%} of them in bfloat16, in half "
-            "the time or less where the machine has such products"
+            f"bfloat16: precision='bfloat16' takes {low / whole:.0%} of them in bfloat16, which "
+            "takes less time where the machine has such products"
         )
 
 
