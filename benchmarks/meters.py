@@ -24,8 +24,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import shape_wrapper
 
-from tl_contextmix.core.counters import ONEDNN, Memory, Operations
+from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.core.statistics import bootstrap_interval
+from tl_contextmix.core.token_sums import ONEDNN
 from tl_contextmix.results.labels import package_version
 
 __all__ = [

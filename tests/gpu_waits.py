@@ -97,6 +97,7 @@ def require_few(waits: Waits, device: torch.device) -> None:
     for family in ("gpt2", "llama", "bart"):
         grown = per_layer(waits, device, family)
         assert not grown, f"waits that each layer of {family} adds: {grown}"
+    # Of the ten that scale.md names, and half of one on the way there.
     mining = per_pass(waits, device)
     assert mining <= 11, f"mining waits {mining} times a pass"
 

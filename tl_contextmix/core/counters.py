@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tl_contextmix.core.token_sums import ONEDNN
+
 
 def count_operations(work: Callable[[], object]) -> int:
     """Returns the operations in products of matrices; a multiplication with an addition counts two.
@@ -33,13 +35,8 @@ def _rows(rows: Tensor, matrices: Tensor, *others: Any, **options: Any) -> int:
 
 
 def _linear(rows: Tensor, matrix: Tensor, *others: Any, **options: Any) -> int:
-    """Returns the operations of a product, the matrix's rows being those of its result."""
+    """Returns the operations of `ONEDNN`."""
     return 2 * rows.numel() * matrix.shape[0]
-
-
-# PyTorch may be built without oneDNN.
-ONEDNN = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
-"""Its product of rows with a matrix, whose rows are those of the result; None without it."""
 
 
 class Operations(TorchDispatchMode):

@@ -331,7 +331,7 @@ class LinearStack:
 
 def mask_of(like: Tensor, at: Sequence[tuple[int, int]]) -> Bool[Tensor, "pos column"]:
     """Returns which places of a table are these."""
-    result = torch.zeros(like.shape, dtype=torch.bool)
-    pos, column = torch.tensor(at, dtype=torch.long).view(-1, 2).T
+    result = torch.zeros_like(like, dtype=torch.bool)
+    pos, column = beside(like, torch.tensor(at, dtype=torch.long).view(-1, 2)).T
     result[pos, column] = True
-    return beside(like, result)
+    return result

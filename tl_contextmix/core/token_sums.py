@@ -621,9 +621,11 @@ def through_neurons(
     return multiply(shares.to(W_out.dtype), W_out)
 
 
+ONEDNN = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+"""oneDNN's product of rows with columns, which are given as rows; None in a PyTorch without it."""
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Multiplications: fewer are over by the time that oneDNN has begun.
-_LARGE = 2**22 if torch.backends.mkldnn.is_available() else torch.inf
+_LARGE = 2**22
 # Vectors: for fewer it takes longer to lay out a part of a matrix anew than is saved. What is not
 # laid out densely takes oneDNN a thousand times as long.
 _MANY = 128
@@ -637,7 +639,8 @@ def multiply(
     It takes half of the time of MKL on AMD's processors, whose AVX-512 MKL does not use.
     """
     large = weight.ndim == 2 and x.numel() * weight.shape[1] >= _LARGE
-    if not (large and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu):
+    single = x.dtype == weight.dtype == torch.float32
+    if ONEDNN is None or not (large and single and x.is_cpu and weight.is_cpu):
         return x @ weight
     dense = weight.is_contiguous() or weight.T.is_contiguous()
     followed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -645,7 +648,7 @@ def multiply(
     if followed or not plain or not (dense or x.numel() >= _MANY * x.shape[-1]):
         return x @ weight
     rows = (weight if dense else weight.contiguous()).T
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), rows, None, "none", [], "")
+    return ONEDNN(x.contiguous(), rows, None, "none", [], "")
 
 
 def within(columns: slice, span: slice) -> slice:
