@@ -8,7 +8,7 @@ other one of the first thousand. Only those that have not are read on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,10 +101,12 @@ def promoted_at(
     agree, limits, numbers = map(torch.cat, zip(*rows, strict=True))
     stay = _where(agree, 0.5)
     others = _Values(reader, [require_feed_forward(block) for block in blocks], width)
-    kept = others.highest(numbers[stay], limits[beside(limits, stay)], found[0].ffn_top.numel())
+    kept, hidden = others.highest(
+        numbers[stay], limits[beside(limits, stay)], found[0].ffn_top.numel()
+    )
     which = torch.cat([beside(named, every).gather(1, named).flatten(), beside(named, kept)])
     # Read as whole layers are; ties of equal columns of W_U still depend on rounding.
-    vectors = torch.cat([*read, *others.hidden(kept)])
+    vectors = torch.cat([*read, *hidden])
     result = named.new_full((every.numel(),), -1)
     result[which] = reader.scan(vectors, sides=1).ids[:, 0, 0]
     return result.view(len(blocks), width, 2)
@@ -130,7 +132,7 @@ class _Values:
     def hidden(self, numbers: Int[Tensor, " some"]) -> Iterator[Float[Tensor, "part d_model"]]:
         """Yields what W_U multiplies, of values in the order of their numbers."""
         W_U = self.reader.W_U
-        for part in numbers.split(max(1, _HELD // (len(W_U) * W_U.element_size()))):
+        for part in numbers.split(self._most):
             found = []
             for layer, ff in enumerate(self.ffs):
                 inside = part[part // (2 * self.width) == layer] % (2 * self.width)
@@ -142,21 +144,33 @@ class _Values:
 
     def highest(
         self, numbers: Int[Tensor, " some"], limits: Float[Tensor, " some"], tops: int
-    ) -> Int[Tensor, " left"]:
+    ) -> tuple[Int[Tensor, " left"], Iterable[Float[Tensor, "part d_model"]]]:
         """Returns values of which no other token has a higher logit, as far as rounding lets see.
+
+        And what W_U multiplies of them, as `hidden` does: few are kept, many are read anew.
 
         Args:
             numbers: The values.
             limits: The logit that none of a value's may exceed.
             tops: At how many tokens they were compared already.
         """
-        start, d_vocab = 0, self.reader.W_U.shape[1]
+        start, d_vocab, kept = 0, self.reader.W_U.shape[1], list[Tensor]()
         while start < d_vocab and len(numbers):
             columns = slice(start, min(d_vocab, start + max((tops + start) // 2, _FIRST)))
-            best = torch.cat([self._best(hidden, columns) for hidden in self.hidden(numbers)])
+            if not kept and len(numbers) <= self._most:
+                kept = [*self.hidden(numbers)]
+            every = kept or self.hidden(numbers)
+            best = torch.cat([self._best(hidden, columns) for hidden in every])
             stay = _where(best <= limits, (tops + start) / (tops + columns.stop))
-            numbers, limits, start = numbers[stay], limits[beside(limits, stay)], columns.stop
-        return numbers
+            there, start = beside(limits, stay), columns.stop
+            numbers, limits, kept = numbers[stay], limits[there], [one[there] for one in kept]
+        return numbers, kept or self.hidden(numbers)
+
+    @property
+    def _most(self) -> int:
+        """How many values are read together."""
+        W_U = self.reader.W_U
+        return max(1, _HELD // (len(W_U) * W_U.element_size()))
 
     def _best(self, hidden: Tensor, columns: slice) -> Float[Tensor, " some"]:
         """Returns the highest logit of each value at some tokens."""
