@@ -130,12 +130,10 @@ def test_search_finds_every_page(site: Path, served: str) -> None:
         page.goto(served)
         page.focus("input.md-search__input")  # it reads its index then, and misses words before
         page.get_by_text("Type to start searching").wait_for(state="attached")
-        page.keyboard.type("left padding numbers")
-        page.wait_for_selector(".md-search-result__link")
-        links = page.eval_on_selector_all(
-            ".md-search-result__link", "nodes => nodes.map((n) => n.getAttribute('href'))"
-        )
-        assert any("faq.html" in link for link in links)
+        # It asks at each key, so typed letters may show the answer to "l" first.
+        page.keyboard.insert_text("left padding numbers")
+        page.keyboard.press("End")
+        page.wait_for_selector(".md-search-result__link[href*='faq.html']", state="attached")
 
 
 @pytest.mark.parametrize("page", METHODS, ids=lambda path: path.stem)
