@@ -58,24 +58,26 @@ def copied_runs(
     question: Question,
     changed: Bool[Tensor, "batch target"],
     logits: Float[Tensor, "batch pos d_vocab"],
+    copies: int,
     max_bytes: int,
     whole: Run,
 ) -> list[CopiedRuns]:
     """Returns runs whose edits change what some positions read, for every prediction once.
 
     Positions before the first of these stay as they are. Where the host keeps keys and values, only
-    those after them run, sentences of one length together. It is relied on once it has been seen:
-    without edits the logits have to be those of the whole pass.
+    those after them run, sentences of one length together, if that is less work. It is relied on
+    once it has been seen: without edits the logits have to be those of the whole pass.
 
     Args:
         forward_pass: A pass over the sentences.
         question: What is read.
         changed: The positions of the stack asked for that may read something else.
         logits: The model's output without edits.
+        copies: How many copies are run in all.
         max_bytes: Memory for the copies that run together.
         whole: Runs copies of the sentences as they were given.
     """
-    found = _from_the_first_change(forward_pass, question, changed, logits, max_bytes)
+    found = _from_the_first_change(forward_pass, question, changed, logits, copies, max_bytes)
     if found is not None:
         return found
     # Hooks may count on the sentences that were given.
@@ -98,6 +100,7 @@ def _from_the_first_change(
     question: Question,
     changed: Bool[Tensor, "batch target"],
     logits: Float[Tensor, "batch pos d_vocab"],
+    copies: int,
     max_bytes: int,
 ) -> list[CopiedRuns] | None:
     """Returns runs of the last positions alone; None where the host cannot."""
@@ -111,7 +114,10 @@ def _from_the_first_change(
     for rows, sources in _equally_long(batch.main.mask):
         start = int(run_at[rows].any(dim=0).int().argmax())
         targets = slice(start, sources.stop)
-        if start <= sources.start or not bool(batch.main.mask[rows, sources].all()):
+        before, after = start - sources.start, sources.stop - start
+        # One run without a cut comes first.
+        saved = copies * before - before - after
+        if saved <= 0 or not bool(batch.main.mask[rows, sources].all()):
             return None
         try:
             runs = _last_positions(forward_pass, question, rows, targets, sources, max_bytes)

@@ -91,7 +91,10 @@ def attention_knockout(
         InvalidInput: If an argument does not fit the model or the text.
         UnsupportedModel: If the model has no vocabulary readout, or its patterns cannot be edited.
 
-    Cost: a forward pass, and one for each window, group of heads and group of sources, batched.
+    Cost: a forward pass, and a run for each window, group of heads and group of sources, batched.
+    In a causal model a run is of the positions from the first of ``to`` on (by default, of the last
+    one alone), which read the keys and values of those before it; elsewhere, and where the model
+    carries hooks, it is a forward pass.
     """
     view = name_tokens(as_view(model), inputs.get("labels"))
     view.readout.require()
@@ -114,7 +117,7 @@ def attention_knockout(
         contrast = question.contrast(logits)
         before = torch.stack([contrast.score(logits), contrast.score(logits, "prob")])
         scores = before.new_empty(2, len(cuts), len(logits))
-        every = copied_runs(forward_pass, question, readers, output, max_bytes, whole)
+        every = copied_runs(forward_pass, question, readers, output, len(cuts), max_bytes, whole)
         parts = [(runs, part) for runs in every for part in blocks(len(cuts), runs.at_once)]
         for runs, part in tqdm(
             parts, desc="attention_knockout", delay=2, leave=False, disable=None
