@@ -416,6 +416,13 @@ def hand_written(width: int, n: int) -> Iterator[Pair]:
             same,
         ),
         (
+            "attention_knockout, every layer and source",
+            "a pass with a masked score for each",
+            lambda: cm.attention_knockout(model, ids, pos=-1, target=target).log_probs[0, :, 0],
+            partial(literal.edges, model, ids, target),
+            "",
+        ),
+        (
             "query_contributions, ff_neuron",
             "each neuron's vector through the norm",
             brought,

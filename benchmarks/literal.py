@@ -6,6 +6,7 @@ model and no equation of a paper. All give the same numbers as the package does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import reference
@@ -90,6 +91,28 @@ def knockout(model: Any, ids: Tensor, layer: int, head: int, target: int) -> Ten
     name = as_view(model).blocks()[layer].attentions[0].mixed
     before, after = model(ids), model.run_with_hooks(ids, fwd_hooks=[(name, zero)])
     return torch.stack([x[0, -1].log_softmax(dim=-1)[target] for x in (before, after)])
+
+
+def edges(model: Any, ids: Tensor, target: int) -> Tensor:
+    """Returns what a token's log-probability is without each edge to the last position.
+
+    The scores of an edge are masked in a pass of its own: [layer source].
+    """
+
+    def masked(source: int) -> Callable[..., Tensor]:
+        def hook(scores: Tensor, hook: Any) -> Tensor:
+            scores[:, :, -1, source] = -torch.inf
+            return scores
+
+        return hook
+
+    found = []
+    for block in as_view(model).blocks():
+        name = block.attentions[0].pattern.replace("hook_pattern", "hook_attn_scores")
+        for source in range(ids.shape[1]):
+            logits = model.run_with_hooks(ids, fwd_hooks=[(name, masked(source))])
+            found.append(logits[0, -1].log_softmax(dim=-1)[target])
+    return torch.stack(found).view(-1, ids.shape[1])
 
 
 def queries(model: Any, ids: Tensor, layer: int, neuron: int) -> Tensor:

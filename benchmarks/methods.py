@@ -160,6 +160,7 @@ METHODS: dict[str, Method] = {
     "attention_knockout, one source in all layers": Method(
         _call(cm.attention_knockout, sources=0, pos=-1, window=None), 2
     ),
+    "attention_knockout, every layer and source": Method(_call(cm.attention_knockout, pos=-1)),
     "flow, 50 nodes": Method(_call(cm.flow, pos=-1, k=50), 2),
     "information_flow_routes": Method(_call(cm.information_flow_routes, pos=-1), 2),
     "scan, one prompt by layer and head": Method(_scanning, 1),

@@ -34,6 +34,7 @@ _SHOWN = {
     "log_prob_contributions, best 10 head_position": "the best 10 pairs of head and position",
     "log_prob_contributions, best 10 ff_neurons": "the best 10 feed-forward neurons",
     "query_contributions, ff_neuron": "what activates a neuron",
+    "attention_knockout, every layer and source": "attention knockout, every layer and source",
     "information_flow_routes": "information flow routes",
     "mine_triggers, one sentence": "mining memories",
     "decoder_lens, 20 tokens": "DecoderLens, 20 tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.core.blocks import AttentionSublayer
+from tl_contextmix.core.blocks import AttentionSublayer, Batch
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.results import AttentionKnockout
 from tl_contextmix.results.token_groups import find_groups
@@ -179,21 +180,19 @@ def test_a_row_without_sources_attends_to_nothing(family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 def test_a_sweep_is_one_run_or_many(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = shared(case_of(family))
-    runs: list[int] = []
-    plain = ModelView.run
-
-    def counted(view: ModelView, *args: Any, **options: Any) -> Any:
-        runs.append(1)
-        return plain(view, *args, **options)
-
     view_of(model)
-    monkeypatch.setattr(ModelView, "run", counted)
+    ran = shapes_of_runs(monkeypatch)
     options: dict[str, Any] = {"target": 9, "pos": -1, **keywords(given)}
     whole = cm.attention_knockout(model, given.tokens, **options)
-    count = len(runs)
+    at_once = [*ran]
     parts = cm.attention_knockout(model, given.tokens, max_bytes=1, **options)
     cuts = whole.changes[0].numel()
-    assert (count, len(runs) - count) == (2, 1 + cuts)
+    before = [tuple(given.tokens.shape)]
+    last = before[0]
+    if family == "gpt2":  # what stays, and the last position without a cut
+        before, last = [(2, 6), (2, 5), (2, 1)], (2, 1)
+    assert at_once == [*before, (2 * cuts, last[1])]
+    assert ran[len(at_once) :] == [*before, *[last] * cuts]
     torch.testing.assert_close(whole.log_probs, parts.log_probs)
     each = [
         cm.attention_knockout(model, given.tokens, sources=source, layer=layer, **options).changes
@@ -202,6 +201,88 @@ def test_a_sweep_is_one_run_or_many(family: str, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(each[0][:, 0, 0, 0], whole.changes[:, 0, 0, 1])
     torch.testing.assert_close(each[1][:, 0, 0, 0], whole.changes[:, 1, 0, 0])
     assert float(whole.changes.abs().amax()) > 1e-3
+
+
+def shapes_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Numbers of sentences and of positions of each run of a model, as they come."""
+    ran, plain = [], ModelView.run
+
+    def counted(view: ModelView, batch: Batch, *args: Any, **options: Any) -> Any:
+        ran.append(tuple(batch.main.ids.shape))
+        return plain(view, batch, *args, **options)
+
+    monkeypatch.setattr(ModelView, "run", counted)
+    return ran
+
+
+CAUSAL = [case for case in zoo.cases() if not (case.encoder_decoder or case.both_ways)]
+
+
+@pytest.mark.parametrize("case", CAUSAL, ids=str)
+def test_only_what_a_cut_reaches_runs_again(
+    case: zoo.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = shared(case)
+    options: dict[str, Any] = {"target": 9, "foil": 5, "pos": [-2, -1], "to": [3, -1], "window": 2}
+    view_of(model)
+    ran = shapes_of_runs(monkeypatch)
+    found = cm.attention_knockout(model, given.tokens, heads=[[0], [1]], **options)
+    assert ran == [(2, 6), (2, 3), (2, 3), (2 * found.changes[0].numel(), 3)]
+    monkeypatch.setattr("tl_contextmix.engine.copied_runs._from_the_first_change", nothing)
+    whole = cm.attention_knockout(model, given.tokens, heads=[[0], [1]], **options)
+    assert ran[-1] == (2 * found.changes[0].numel(), 6)
+    limit = max(1e-10, bound(case))
+    torch.testing.assert_close(found.changes, whole.changes, atol=limit, rtol=0)
+    torch.testing.assert_close(found.probs, whole.probs, atol=limit, rtol=0)
+
+
+def nothing(*_: object) -> None:
+    """Returns no runs of the last positions."""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_of_one_length_run_together(
+    side: Any, causal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["the keys to the cabinet", "the key", "the books on the shelf", "the man"]
+    targets = [" are", " is", " are", " is"]
+    options: dict[str, Any] = {"sources": [-1, -2], "window": None, "padding_side": side}
+    ran = shapes_of_runs(monkeypatch)
+    found = cm.attention_knockout(causal, texts, target=targets, **options)
+    assert ran.count((4, 1)) == 2, "two texts of each length, two cuts of each"
+    for row, (text, target) in enumerate(zip(texts, targets, strict=True)):
+        one = cm.attention_knockout(causal, text, target=target, **options)
+        torch.testing.assert_close(found.changes[row], one.changes[0], atol=1e-5, rtol=0)
+        assert float(one.changes.abs().max()) > 1e-3
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("how", ["another text", "an error", "no memory"])
+def test_a_host_that_keeps_the_wrong_keys_runs_whole(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = shared(case_of("gpt2"))
+    options: dict[str, Any] = {"target": 9, "pos": -1, "sources": [1, 2]}
+    expected = cm.attention_knockout(model, given.tokens, **options)
+    plain = ModelView.run
+
+    def run(view: ModelView, batch: Batch, *args: Any, **others: Any) -> Any:
+        if batch.past is not None and how == "an error":
+            raise TypeError("got an unexpected keyword argument 'past_key_values'")
+        if batch.past is not None and how == "no memory":
+            raise torch.OutOfMemoryError
+        if batch.past is not None and batch.main.ids.shape[1] > 1:
+            batch = replace(batch, main=batch.main.each(lambda ids: ids.flip(1)))
+        return plain(view, batch, *args, **others)
+
+    monkeypatch.setattr(ModelView, "run", run)
+    if how == "no memory":
+        with pytest.raises(torch.OutOfMemoryError):
+            cm.attention_knockout(model, given.tokens, **options)
+        return
+    found = cm.attention_knockout(model, given.tokens, **options)
+    torch.testing.assert_close(found.changes, expected.changes, atol=1e-12, rtol=0)
 
 
 @pytest.mark.once

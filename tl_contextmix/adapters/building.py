@@ -21,6 +21,7 @@ from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.layouts import find_layouts
 from tl_contextmix.adapters.norm_reading import final_norms
+from tl_contextmix.adapters.past import make_past
 from tl_contextmix.adapters.reading import block_lists, candidates, with_placed_edits
 from tl_contextmix.adapters.recognition import Facts, host_version, maths_dtype, token_embedding
 from tl_contextmix.adapters.refusals import solu_refusal
@@ -353,6 +354,7 @@ def _unsettled(
         cached=cache_reader(handle, facts, stacks, layouts, unseen),
         runner=with_unseen(make_runner(handle, text["pad_id"], splices, layouts), unseen),
         generate=make_generate(handle),
+        past=make_past(handle),
         classes=facts.classes,
         answers_at=0 if facts.architecture.endswith("ForSequenceClassification") else None,
         **text,

@@ -360,6 +360,8 @@ def _arguments(model: nn.Module, handle: Handle, batch: Batch) -> dict[str, Any]
         arguments["decoder_input"] = batch.decoder.ids.to(handle.device)
     for name, value in batch.further.items():
         arguments[name] = value.to(handle.device)
+    if batch.past is not None:
+        arguments |= batch.past()
     return arguments
 
 

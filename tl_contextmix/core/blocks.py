@@ -757,11 +757,14 @@ class Batch:
         decoder: The decoder side of an encoder-decoder, else None.
         further: What else the model's own forward is given of each token of the main side, by
             the name of the argument: segment ids, position ids; or the sound that they are of.
+        past: Returns arguments of the model's own forward with the keys and values of positions
+            before these, which are not run; None where these are all.
     """
 
     main: Side
     decoder: Side | None = None
     further: Mapping[str, Tensor] = field(default_factory=dict)
+    past: Callable[[], Mapping[str, Any]] | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Returns the batch with all of its tensors changed: rows taken, repeated, copied."""

@@ -41,6 +41,11 @@ class Contrast:
         """Returns the predictions one after the other, as often as asked."""
         return Contrast(self.target * times, None if self.foil is None else self.foil * times)
 
+    def at(self, places: list[int]) -> Contrast:
+        """Returns some of the predictions."""
+        foil = None if self.foil is None else tuple(self.foil[place] for place in places)
+        return Contrast(tuple(self.target[place] for place in places), foil)
+
     def score(
         self, logits: Float[Tensor, "row d_vocab"], of: Of = "log_prob"
     ) -> Float[Tensor, " row"]:

@@ -189,6 +189,8 @@ class ModelView:
         answers_at: Where a classifier of texts gives its answer; None where each token has one.
         dictionaries: The dictionaries that stand in it, each with a hash of it.
         hears: Returns sound as frames, and what the model is given of it; None for text.
+        past: Begins to keep the keys and values of some rows, see `adapters.past`; None where the
+            class cannot.
     """
 
     name: str
@@ -235,6 +237,9 @@ class ModelView:
     answers_at: int | None = None
     dictionaries: tuple[str, ...] = ()
     hears: Callable[[Any], tuple[Side, dict[str, Tensor]]] | None = field(default=None, repr=False)
+    past: Callable[[int], Callable[[int], Mapping[str, Any]]] | None = field(
+        default=None, repr=False
+    )
     # Facts measured when first asked for, such as whether padding on the left is safe.
     facts: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     # What depends on weights alone and is small: the view is made anew when a weight changes.

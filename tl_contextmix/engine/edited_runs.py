@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_contextmix.adapters.passes import Pass
 from tl_contextmix.adapters.questions import Question
 from tl_contextmix.core.blocks import Trace
-from tl_contextmix.core.model_view import Edit
+from tl_contextmix.core.model_view import Edit, ModelView
 from tl_contextmix.engine.selection import Sublayer, every_place
 from tl_contextmix.results.components import Components
 
@@ -110,11 +110,15 @@ def _changed(pairs: list[tuple[Sublayer, Edit]], activation: Tensor) -> Tensor:
 
 def run_bytes(forward_pass: Pass) -> int:
     """Returns about how much memory a run of the batch takes."""
-    view, batch = forward_pass.view, forward_pass.batch
     longest = max(tokens.shape[1] for tokens in forward_pass.tokens.values())
-    logits, largest = 2 * longest * view.d_vocab, 0
+    return len(forward_pass.batch.main.ids) * row_bytes(forward_pass.view, longest, longest)
+
+
+def row_bytes(view: ModelView, targets: int, sources: int) -> int:
+    """Returns about how much memory a sentence takes of which some positions run."""
+    logits, largest = 2 * targets * view.d_vocab, 0
     for _, block in view.every_block():
-        pairs = sum(4 * len(a.W_O) * longest for a in block.attentions)
+        pairs = sum(4 * len(a.W_O) * sources for a in block.attentions)
         neurons = 0 if block.feed_forward is None else 4 * block.feed_forward.width
-        largest = max(largest, longest * (pairs + neurons))
-    return len(batch.main.ids) * (logits + largest) * view.dtype.itemsize
+        largest = max(largest, targets * (pairs + neurons))
+    return (logits + largest) * view.dtype.itemsize

@@ -23,10 +23,11 @@ from tl_contextmix.adapters.questions import (
     label_sets,
     split_answer,
 )
+from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import Edit, StackName
-from tl_contextmix.core.token_sums import beside
+from tl_contextmix.core.token_sums import beside, blocks
 from tl_contextmix.core.validation import Layers, Positive, whole_number
-from tl_contextmix.engine.edited_runs import run_bytes
+from tl_contextmix.engine.copied_runs import copied_runs
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, head_groups
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import AttentionKnockout
@@ -90,7 +91,10 @@ def attention_knockout(
         InvalidInput: If an argument does not fit the model or the text.
         UnsupportedModel: If the model has no vocabulary readout, or its patterns cannot be edited.
 
-    Cost: a forward pass, and one for each window, group of heads and group of sources, batched.
+    Cost: a forward pass, and a run for each window, group of heads and group of sources, batched.
+    In a causal model a run is of the positions from the first of ``to`` on (by default, of the last
+    one alone), which read the keys and values of those before it; elsewhere, and where the model
+    carries hooks, it is a forward pass.
     """
     view = name_tokens(as_view(model), inputs.get("labels"))
     view.readout.require()
@@ -103,21 +107,28 @@ def attention_knockout(
     windows = _windows(forward_pass.layers, window, len(view.blocks(stack)))
     names, members = group_labels(groups), found.members
     cuts = [*product(windows.values(), groups or [None], range(members.shape[1]))]
-    scores = []
+
+    def whole(batch: Batch, edits: Mapping[str, Edit]) -> Tensor:
+        return _logits(run_pass(view, given, layer=layer, stack=stack, batch=batch), edits)
+
     with torch.no_grad():
-        logits = _read(forward_pass, question)
+        output = _logits(forward_pass, {})
+        logits = question.read(output)
         contrast = question.contrast(logits)
-        # Hooks may count on the sentences that were given.
-        at_once = 1 if view.hooked() else max(1, max_bytes // run_bytes(forward_pass))
-        parts = [cuts[start : start + at_once] for start in range(0, len(cuts), at_once)]
-        for part in tqdm(parts, desc="attention_knockout", delay=2, leave=False, disable=None):
-            several = question.repeated(len(part))
-            run = run_pass(view, given, layer=layer, stack=stack, batch=several.batch)
-            read = _read(run, several, _edits(run, members, readers, part))
-            repeated = contrast.repeat(len(part))
-            scores.append(torch.stack([repeated.score(read), repeated.score(read, "prob")]))
+        before = torch.stack([contrast.score(logits), contrast.score(logits, "prob")])
+        scores = before.new_empty(2, len(cuts), len(logits))
+        every = copied_runs(forward_pass, question, readers, output, len(cuts), max_bytes, whole)
+        parts = [(runs, part) for runs in every for part in blocks(len(cuts), runs.at_once)]
+        for runs, part in tqdm(
+            parts, desc="attention_knockout", delay=2, leave=False, disable=None
+        ):
+            some, edges = cuts[part], runs.edges(members, readers)
+            read = runs.read(len(some), _edits(forward_pass, *edges, some))
+            asked = contrast.at(runs.places).repeat(len(some))
+            both = torch.stack([asked.score(read), asked.score(read, "prob")])
+            scores[:, part, runs.places] = both.view(2, len(some), -1)
     sizes = (2, len(windows), len(names), members.shape[1], len(logits))
-    log_probs, probs = torch.cat(scores, dim=1).view(sizes).movedim(-1, 1)
+    log_probs, probs = scores.view(sizes).movedim(-1, 1)
     options = {
         "sources": _plain(sources),
         "to": _plain(to),
@@ -128,8 +139,8 @@ def attention_knockout(
     return AttentionKnockout(
         log_probs=log_probs,
         probs=probs,
-        log_prob=contrast.score(logits),
-        prob=contrast.score(logits, "prob"),
+        log_prob=before[0],
+        prob=before[1],
         layers=tuple(windows),
         windows=tuple(windows.values()),
         heads=names,
@@ -162,13 +173,11 @@ def _readers(forward_pass: Pass, question: Question, to: object) -> Bool[Tensor,
     return find_groups("to", forward_pass.target, {"": to}).members[:, 0]
 
 
-def _read(
-    forward_pass: Pass, question: Question, edits: Mapping[str, Edit] | None = None
-) -> Tensor:
-    """Returns the logits of each prediction in a run of the model."""
+def _logits(forward_pass: Pass, edits: Mapping[str, Edit]) -> Tensor:
+    """Returns the output of a run of the model."""
     logits = forward_pass.rerun(edits=edits).logits
     assert logits is not None
-    return question.read(logits)
+    return logits
 
 
 def _edits(
