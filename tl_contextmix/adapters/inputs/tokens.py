@@ -14,10 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.adapters.chats import ROLES, chats_of
 from tl_contextmix.adapters.inputs.activation_cache import Cache, describe
-from tl_contextmix.adapters.inputs.model_arguments import (
-    further_arguments,
-    warn_of_lost_segments,
-)
+from tl_contextmix.adapters.inputs.model_arguments import further_arguments, warn_of_lost_segments
 from tl_contextmix.adapters.inputs.padding import (
     find_padding,
     find_target_padding,
