@@ -31,12 +31,7 @@ from grammar_fr import TranslationGrammar
 
 import tl_contextmix as cm
 from tl_contextmix.core.text_metrics import edit_distance
-from tl_contextmix.evaluation import (
-    alias_match,
-    assigns_variables,
-    label_tokens,
-    satisfies,
-)
+from tl_contextmix.evaluation import alias_match, assigns_variables, label_tokens, satisfies
 
 WORDS = "“simpler subtasks are solved with high precision by low and intermediate encoder layers”"
 KNOWN = "of what the last layer has right"

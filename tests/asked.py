@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -112,6 +112,11 @@ def keywords(given: zoo.Inputs) -> dict[str, Any]:
     return {} if given.decoder_tokens is None else {"decoder_input": given.decoder_tokens}
 
 
+def first_of(given: zoo.Inputs) -> dict[str, Any]:
+    """The first sentence of an input as keyword arguments."""
+    return {"input": given.tokens[:1], **{n: ids[:1] for n, ids in keywords(given).items()}}
+
+
 def stacks(case: zoo.Case) -> list[StackName | None]:
     """Every stack there is to ask about."""
     return ["encoder", "decoder", "cross"] if case.encoder_decoder else [None]
@@ -148,6 +153,24 @@ def host_trace(
             names += ff.shown()
     batch = make_batch(view, Given(given.tokens, attention_mask, **keywords(given)))
     return view.run(batch, names), blocks
+
+
+def recorded(
+    model: Any, given: zoo.Inputs, names: Sequence[str], edits: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """What the host shows at hook points, behind the hooks that are on it, and these edits."""
+    kept: dict[str, Tensor] = {}
+
+    def change(edit: Any) -> Any:
+        return lambda tensor, hook: edit(tensor)
+
+    def keep(name: str) -> tuple[str, Any]:
+        return name, lambda x, hook: kept.update({name: x.detach().clone()})
+
+    hooks = [(name, change(edit)) for name, edit in (edits or {}).items()]
+    with torch.no_grad():
+        model.run_with_hooks(given.tokens, fwd_hooks=[*hooks, *map(keep, names)], **keywords(given))
+    return kept
 
 
 def host_value(block: Block, trace: Trace, point: str, kind: str) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from watched import Watched
 
 pytest.importorskip("meters", reason="the benchmarks are part of the repository only")
 
@@ -26,6 +26,7 @@ from tl_contextmix.results.components import Grid, join
 pytestmark = pytest.mark.once
 
 MIB = 2**20
+aten = torch.ops.aten
 SHAPE = (6, 512, 64, 5_000)
 
 
@@ -145,21 +146,6 @@ def test_the_benchmark_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> 
         assert expected in out
 
 
-class Products(TorchDispatchMode):
-    """Counts products of matrices that have an axis of some length."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length, self.count = length, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if func._overloadpacket in products and any(self.length in one.shape for one in tensors):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("by", "k"),
     [
@@ -171,10 +157,18 @@ def test_the_unembedding_is_read_once_for_all_layers(by: Any, k: int | None) -> 
     """By the model, for the states, for vectors, and for bounds where there are some."""
     model = cm.load_demo("causal-lm")
     ask = partial(cm.log_prob_contributions, model, "the keys to the cabinet", by=by, k=k)
+    products: list[Any] = []
+
+    def see(func: Any, args: Any, out: Any) -> None:
+        known = func._overloadpacket in (aten.mm, aten.addmm, aten.bmm)
+        shapes = [arg.shape for arg in args if isinstance(arg, torch.Tensor)]
+        if known and any(model.cfg.d_vocab in shape for shape in shapes):
+            products.append(func)
+
     found = ask()
-    with Products(model.cfg.d_vocab) as products:
+    with Watched(see):
         ask()
-    assert products.count == (3 if k is None else 4)
+    assert len(products) == (3 if k is None else 4)
     tight = ask(max_bytes=2**16)
     torch.testing.assert_close(tight.scores, found.scores, equal_nan=True, rtol=0, atol=1e-6)
 
@@ -195,20 +189,13 @@ def test_the_best_of_heads_and_positions_cost_less_than_half_a_pass() -> None:
 def test_products_by_onednn_are_those_of_double_precision() -> None:
     seen: set[str] = set()
 
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.add(func.name())
-            return func(*args, **(kwargs or {}))
-
     def scores(model: Any) -> torch.Tensor:
         text = "the keys to the cabinet"
         found = cm.log_prob_contributions(model, text, target=" are", by="ff_neuron")
         return found.scores.double()
 
     model = cm.load_demo("causal-lm")
-    with Seen():
+    with Watched(lambda func, args, out: seen.add(func.name())):
         found = scores(model)
     assert "mkldnn::_linear_pointwise" in seen
     exact = scores(model.to(torch.float64))

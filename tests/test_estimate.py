@@ -15,14 +15,15 @@ import zoo
 import zoo_build
 from asked import case_of, keywords, view_of
 from public import FUNCTIONS
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from watched import Watched
 
 import tl_contextmix as cm
 from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.methods.decompx import decompx_vectors
+from tl_contextmix.results import Estimate
 
 pytestmark = pytest.mark.once
 
@@ -108,12 +109,17 @@ def test_what_is_told_is_what_is_measured(case: zoo.Case, method: Callable[..., 
     tokens = torch.randint(5, zoo.rows.D_VOCAB, (batch, pos), generator=generator)
     decoder = torch.randint(5, zoo.rows.D_VOCAB, (batch, 9), generator=generator)
     given = zoo.Inputs(tokens, decoder if two else None)
-    with Memory() as memory, Operations() as counter:
-        method(model, given.tokens, **keywords(given))
-    assert told.flops == pytest.approx(counter.total, rel=WITHIN)
-    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
+    require_measured(told, lambda: method(model, given.tokens, **keywords(given)))
     assert sum(part.flops for part in told.parts) == told.flops
     assert sum(part.bytes for part in told.parts) == told.peak_bytes
+
+
+def require_measured(told: Estimate, call: Callable[[], object]) -> None:
+    """Holds an estimate against the call itself."""
+    with Memory() as memory, Operations() as counter:
+        call()
+    assert told.flops == pytest.approx(counter.total, rel=WITHIN)
+    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
 
 
 AGAIN = ("attention_norms", "value_zeroing", "decompose", "decompx", "ff_memories")
@@ -125,11 +131,7 @@ def test_what_a_model_keeps_from_its_first_call_is_known(family: str, name: str)
     model, method = zoo.build(case_of(family), dtype=torch.float32), PER_METHOD[name]
     tokens = torch.randint(5, 50, (2, 14), generator=torch.Generator().manual_seed(1))
     method(model, tokens)
-    with Memory() as memory, Operations() as counter:
-        method(model, tokens)
-    told = cm.estimate(model, 14, method, batch=2)
-    assert told.flops == pytest.approx(counter.total, rel=WITHIN)
-    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
+    require_measured(cm.estimate(model, 14, method, batch=2), lambda: method(model, tokens))
 
 
 @pytest.mark.parametrize("name", ["log_prob_contributions", "gradient_x_input", "attention"])
@@ -148,11 +150,7 @@ def test_what_a_model_says_is_as_long_as_it_may_be(
     tokens = torch.randint(5, 50, (1, 14), generator=torch.Generator().manual_seed(1))
     if hasattr(model, "original_model"):  # which must not end before
         monkeypatch.setattr(model.original_model.generation_config, "eos_token_id", None)
-    told = cm.estimate(model, 14, ask)
-    with Memory() as memory, Operations() as counter:
-        ask(model, tokens)
-    assert told.flops == pytest.approx(counter.total, rel=WITHIN)
-    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
+    require_measured(cm.estimate(model, 14, ask), lambda: ask(model, tokens))
 
 
 def test_as_many_nodes_as_a_graph_may_have_are_estimated() -> None:
@@ -188,12 +186,8 @@ def test_sliding_windows_are_known(family: str) -> None:
 def test_who_reads_whom_is_known_for_long_inputs(family: str) -> None:
     """DecompX carries tokens to those that can read them."""
     model = model_of(case_of(family))
-    told = cm.estimate(model, 30, cm.decompx, batch=2)
     tokens = torch.arange(60).view(2, 30) % 40 + 15
-    with Memory() as memory, Operations() as counter:
-        cm.decompx(model, tokens)
-    assert told.flops == pytest.approx(counter.total, rel=WITHIN)
-    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
+    require_measured(cm.estimate(model, 30, cm.decompx, batch=2), lambda: cm.decompx(model, tokens))
 
 
 def test_every_method_of_a_model_and_tokens_is_measured() -> None:
@@ -221,31 +215,28 @@ def test_nothing_of_the_length_is_computed_and_nothing_is_kept(middle: Any) -> N
 def test_an_estimate_is_less_work_than_the_call(name: str, middle: Any) -> None:
     """From 128 tokens on: about as many operators, hardly a number, whatever the length."""
     method, tokens = PER_METHOD[name], torch.randint(5, 500, (1, 128))
-    with _Work() as call:
-        method(middle, tokens)
-    with _Work() as estimate:
-        cm.estimate(middle, 128, method)
-    with _Work() as longer:
-        cm.estimate(middle, 512, method)
-    assert estimate.operators < 1.5 * call.operators
-    assert estimate.numbers < call.numbers / 20
+    operators, numbers = _work(lambda: method(middle, tokens))
+    estimated, computed = _work(lambda: cm.estimate(middle, 128, method))
+    longer, _ = _work(lambda: cm.estimate(middle, 512, method))
+    assert estimated < 1.5 * operators
+    assert computed < numbers / 20
     # Tiles of Value Zeroing fit the cache: a longer input has more of them.
     growth = 2 if name == "value_zeroing" else 1.2
-    assert longer.operators < growth * estimate.operators
+    assert longer < growth * estimated
 
 
-class _Work(TorchDispatchMode):
-    """Counts operators, and the floating-point numbers that they really compute."""
+def _work(work: Callable[[], object]) -> tuple[int, int]:
+    """How many operators run, and how many floating-point numbers they really compute."""
+    numbers: list[int] = []
 
-    operators = numbers = 0
+    def see(func: Any, args: Any, out: Any) -> None:
+        made = [one for one in tree_leaves(out) if isinstance(one, torch.Tensor)]
+        real = [one for one in made if one.is_floating_point() and one.device.type != "meta"]
+        numbers.append(0 if func.is_view else sum(one.numel() for one in real))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.operators += 1
-        for leaf in () if func.is_view else tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-                self.numbers += leaf.numel() * leaf.is_floating_point()
-        return out
+    with Watched(see):
+        work()
+    return len(numbers), sum(numbers)
 
 
 def test_memories_of_many_neurons_are_estimated() -> None:

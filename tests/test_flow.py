@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 import zoo
-from asked import bound, case_of, keywords, shared, view_of
+from asked import bound, case_of, first_of, shared, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -28,8 +28,7 @@ ARE: Any = {"target": " are", "foil": " is"}
 
 def one(given: zoo.Inputs) -> Any:
     """The first sentence of a zoo input, and a prediction."""
-    ids = {name: value[:1] for name, value in keywords(given).items()}
-    return {"input": given.tokens[:1], "pos": -1, **ids}
+    return {"pos": -1, **first_of(given)}
 
 
 def graph_of(case: zoo.Case, **options: Any) -> AttributionGraph:

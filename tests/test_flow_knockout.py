@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, case_of, keywords, shared, view_of
+from asked import bound, case_of, first_of, shared, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -23,16 +23,11 @@ TEXT = "the keys to the cabinet"
 ARE: Any = {"target": " are", "foil": " is"}
 
 
-def one(given: zoo.Inputs) -> Any:
-    """The first sentence of a zoo input."""
-    return {"input": given.tokens[:1], **{n: ids[:1] for n, ids in keywords(given).items()}}
-
-
 def of_case(case: zoo.Case, **options: Any) -> tuple[AttributionGraph, FlowKnockout]:
     """A graph and its knockout."""
     model, given = shared(case)
-    graph = cm.flow(model, **one(given), pos=-1, target=3, foil=5, share=1.0, k=1000)
-    return graph, flow_knockout(model, **one(given), graph=graph, **options)
+    graph = cm.flow(model, **first_of(given), pos=-1, target=3, foil=5, share=1.0, k=1000)
+    return graph, flow_knockout(model, **first_of(given), graph=graph, **options)
 
 
 def literal(case: zoo.Case, pos: int, edits: Any) -> float:
@@ -59,10 +54,10 @@ def test_what_the_linear_model_loses_without_a_node_is_its_score(family: str):
     case = case_of(family)
     limit = (1e-9 if bound(case) < 1e-9 else 1e-5) * 10
     model, given = shared(case)
-    graph = cm.flow(model, **one(given), pos=-1, target=3, foil=5, share=1.0, k=6)
+    graph = cm.flow(model, **first_of(given), pos=-1, target=3, foil=5, share=1.0, k=6)
     for place in [p for p, node in enumerate(graph.nodes) if node.written][::2]:
         options: Any = {"nodes": [place], "controls": 1}
-        found = flow_knockout(model, **one(given), graph=graph, **options)
+        found = flow_knockout(model, **first_of(given), graph=graph, **options)
         assert float(found.linear[0]) == pytest.approx(float(graph.scores[place]), abs=limit)
         assert float(found.together[0]) == pytest.approx(float(found.alone[0]), abs=1e-8)
 

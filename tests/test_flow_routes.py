@@ -8,7 +8,7 @@ import networkx
 import pytest
 import torch
 import zoo
-from asked import case_of, host_trace, keywords, shared, view_of
+from asked import case_of, first_of, host_trace, shared, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -23,8 +23,7 @@ STATES = ("resid_mid", "resid_mid_cross", "resid_post", "answer")
 def routes_of(case: zoo.Case, **options: Any) -> AttributionGraph:
     """Routes to the last position of the first sentence."""
     model, given = shared(case)
-    own = {name: ids[:1] for name, ids in keywords(given).items()}
-    return cm.information_flow_routes(model, given.tokens[:1], **own, pos=-1, **options)
+    return cm.information_flow_routes(model, **first_of(given), pos=-1, **options)
 
 
 def shares(parts: list[Tensor], whole: Tensor) -> list[float]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import case_of, keywords, relative, shared, view_of
+from asked import case_of, keywords, recorded, relative, shared, view_of
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -131,18 +131,6 @@ def asked(model: Any, tokens: Tensor) -> dict[str, Callable[[], Any]]:
         **points,
         **splits,
     }
-
-
-def recorded(model: Any, given: zoo.Inputs, names: list[str]) -> dict[str, Tensor]:
-    """What the host shows at hook points, behind the hooks that are on it."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(name: str) -> tuple[str, Any]:
-        return name, lambda x, hook: kept.update({name: x.detach().clone()})
-
-    with torch.no_grad():
-        model.run_with_hooks(given.tokens, fwd_hooks=[*map(keep, names)], **keywords(given))
-    return kept
 
 
 def layer_norm(x: Tensor, norm: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import zoo
 import zoo_build
 from asked import bound, case_of, keywords, relative, shared, stacks, view_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from watched import Watched
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
@@ -319,31 +320,25 @@ def test_fresh_and_switched_off_weights_are_not_called_processed() -> None:
 # Cost
 
 
-class Numbers(TorchDispatchMode):
-    """How many numbers PyTorch computes while it is active."""
+def numbers(work: Callable[[], object]) -> int:
+    """How many numbers PyTorch computes in a piece of work."""
+    found: list[int] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def see(func: Any, args: Any, out: Any) -> None:
         # A view of a weight is no work.
         if isinstance(out, Tensor) and not func.is_view:
-            self.count += out.numel()
-        return out
+            found.append(out.numel())
+
+    with Watched(see):
+        work()
+    return sum(found)
 
 
 def test_a_known_model_costs_next_to_nothing() -> None:
     case = case_of("gpt2")
     model, given = zoo.build(case), zoo.inputs(case)
-    with Numbers() as forward:
-        zoo.logits(model, given)
+    forward = numbers(lambda: zoo.logits(model, given))
     view_of(model)
-    with Numbers() as first:
-        view = as_view(model)
     # Looking again is no pass and no look at every weight; measured: a few numbers per weight.
-    assert first.count < forward.count / 10
-    with Numbers() as hooked:
-        view.hooked()
-    assert hooked.count == 0
+    assert numbers(lambda: as_view(model)) < forward / 10
+    assert numbers(as_view(model).hooked) == 0

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, keywords, relative, shared, stacks, view_of
+from asked import bound, keywords, recorded, relative, shared, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -23,26 +23,6 @@ from tl_contextmix.core.token_sums import Norm
 
 CASES = zoo.spread()
 SOURCE = 1
-
-
-def recorded(model: Any, given: zoo.Inputs, names: list[str], edits: dict[str, Any]) -> dict:
-    """What the host computes at some hooks, while others are edited."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(tensor: Tensor, hook: Any) -> None:
-            kept[name] = tensor.detach().clone()
-
-        return hook
-
-    def change(edit: Any) -> Any:
-        return lambda tensor, hook: edit(tensor)
-
-    hooks = [(name, change(edit)) for name, edit in edits.items()]
-    hooks += [(name, keep(name)) for name in names]
-    with torch.no_grad():
-        model.run_with_hooks(given.tokens, fwd_hooks=hooks, **keywords(given))
-    return kept
 
 
 def frozen(norm: Norm | None, change: Tensor, whole: Tensor) -> Tensor:
@@ -82,7 +62,7 @@ def both_runs(model: Any, given: zoo.Inputs, block: Block, attention: Any) -> tu
         return value
 
     names = [attention.pattern, attention.mixed, block.resid_in]
-    before = recorded(model, given, names, {})
+    before = recorded(model, given, names)
     after = recorded(model, given, names, {attention.value: zero})
     # Values do not touch the pattern of their own sublayer: it is held without a hand.
     assert torch.equal(before[attention.pattern], after[attention.pattern])
@@ -111,12 +91,12 @@ def test_a_part_taken_out_of_the_stream_changes_what_the_feed_forward_reads(
     read = cm.decompose(model, given.tokens, at="mlp_in", **options)
     last = block.attentions[-1]
     assert ff.norm_in is not None or case.family == "no_norm"
-    before = recorded(model, given, [ff.pre, block.resid_in], {})
+    before = recorded(model, given, [ff.pre, block.resid_in])
 
     # The part goes out where the block's attention writes it: at the host's own z there is no
     # single vector for it, so the stream that enters the block is shifted by it. That shift passes
     # the residual path as it is; the pattern and z are put back to what they were.
-    own = recorded(model, given, [last.mixed], {})[last.mixed]
+    own = recorded(model, given, [last.mixed])[last.mixed]
     shifted = recorded(
         model,
         given,
@@ -162,7 +142,7 @@ def test_the_last_neuron_taken_out_lowers_the_log_prob_by_its_contribution(famil
     places = chosen.nonzero()[:, 0]
     assert len(places) == count
     norm, readout = view.readout.norm, view.readout
-    state = recorded(model, given, [block.resid_out], {})[block.resid_out][:, -1]
+    state = recorded(model, given, [block.resid_out])[block.resid_out][:, -1]
     held = torch.ones_like(state) if norm is None else norm.scale(state)
     W_U = readout.weights("W_U")
     # What a gated sublayer adds behind its product is no neuron's.

@@ -21,7 +21,7 @@ import pytest
 import torch
 import unchecked
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from watched import Watched
 
 from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting import Page, Section, notebooks
@@ -529,20 +529,6 @@ def test_large_maps_list_their_largest_numbers():
     assert "layer 1t30 (30)t7 (7)−3.00" in parsed.text
 
 
-class _Sizes(TorchDispatchMode):
-    """The size of every tensor that is made."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs one operation."""
-        made = func(*args, **(kwargs or {}))
-        self.sizes += [one.numel() for one in pytree.tree_leaves(made) if hasattr(one, "numel")]
-        return made
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-
 def test_showing_looks_once_and_needs_the_memory_of_a_sheet(monkeypatch):
     # Once per sheet and in float64, 144 heads over 512 tokens took 13 seconds and a gigabyte.
     monkeypatch.setattr("tl_contextmix.plotting.survey.PIXELS", 10_000)
@@ -551,11 +537,16 @@ def test_showing_looks_once_and_needs_the_memory_of_a_sheet(monkeypatch):
     monkeypatch.setattr(
         "tl_contextmix.plotting.panels.survey", lambda *given: looks.append(1) or survey(*given)
     )
-    with _Sizes() as made:
+    sizes: list[int] = []
+
+    def see(func: Any, args: Any, made: Any) -> None:
+        sizes.extend(one.numel() for one in pytree.tree_leaves(made) if hasattr(one, "numel"))
+
+    with Watched(see):
         Page((heatmap(values),))._repr_mimebundle_()
     assert len(looks) == 1
-    assert max(made.sizes) < values.numel() / 10  # the picture of a sheet is larger than it
-    assert sum(made.sizes) < 25 * values.numel()
+    assert max(sizes) < values.numel() / 10  # the picture of a sheet is larger than it
+    assert sum(sizes) < 25 * values.numel()
 
 
 # ---- positions

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo
 import zoo_others
-from asked import bound, case_of, keywords, shared, stacks, view_of
+from asked import bound, case_of, first_of, shared, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -64,8 +64,7 @@ def check_edges(model: Any, given: dict[str, Any], stack: Any, limit: float, lay
 @pytest.mark.parametrize("case", zoo.cases(), ids=str)
 def test_pairs_add_up_to_the_models_own_score(case: zoo.Case):
     model, inputs = shared(case)
-    rows = {name: value[:1] for name, value in keywords(inputs).items()}
-    given = {"input": inputs.tokens[:1], **rows}
+    given = first_of(inputs)
     limit = 1e-9 if bound(case) < 1e-9 else 3e-6
     for stack in stacks(case):
         check_edges(model, given, stack, limit, layer=1)
@@ -97,24 +96,18 @@ def test_norms_gates_and_biases_of_other_families(kind: str):
 # ---- literal formulas, on Hugging Face's own modules
 
 
-class Kept:
-    """What modules of a Hugging Face model put out, by name."""
+def stream_of(model: Any, *names: str) -> Tensor:
+    """What modules of a Hugging Face model write to the stream, in order [part pos d_model]."""
+    found: list[Tensor] = []
 
-    def __init__(self, model: Any, *names: str) -> None:
-        self.found: dict[str, Tensor] = {}
-        for name in names:
-            model.get_submodule(name).register_forward_hook(self._keep(name))
-        with torch.no_grad():
-            model(IDS)
+    def keep(module: Any, given: Any, out: Any) -> None:
+        found.append((out[0] if isinstance(out, tuple) else out)[0])
 
-    def _keep(self, name: str) -> Any:
-        def keep(module: Any, given: Any, out: Any) -> None:
-            self.found[name] = (out[0] if isinstance(out, tuple) else out)[0]
-
-        return keep
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.found[name]
+    for name in names:
+        model.get_submodule(name).register_forward_hook(keep)
+    with torch.no_grad():
+        model(IDS)
+    return torch.stack(found)
 
 
 def normed_parts(parts: Tensor, norm: Any, centre: bool) -> Tensor:
@@ -133,10 +126,8 @@ def test_gpt2_by_hand():
     case = case_of("gpt2")
     hf = zoo.hf_model("gpt2")
     layers, head, target, source = 2, 2, 5, 3
-    kept = Kept(hf, "transformer.drop", *(
-        f"transformer.h.{i}.{name}" for i in range(layers) for name in ("attn", "mlp")
-    ))  # fmt: skip
-    stream = torch.stack([*kept.found.values()])  # embedding, attention, feed-forward, ...
+    written = (f"transformer.h.{i}.{name}" for i in range(layers) for name in ("attn", "mlp"))
+    stream = stream_of(hf, "transformer.drop", *written)
     block = hf.transformer.h[layers]
     sides = []
     for place, pos in enumerate((target, source)):
@@ -168,8 +159,8 @@ def test_pythia_by_hand():
     case = case_of("neox")
     hf = zoo.hf_model("neox")
     head, target, source = 1, 4, 1
-    kept = Kept(hf, "gpt_neox.embed_in", "gpt_neox.layers.0.attention", "gpt_neox.layers.0.mlp")
-    stream = torch.stack([*kept.found.values()])
+    layer = "gpt_neox.layers.0"
+    stream = stream_of(hf, "gpt_neox.embed_in", f"{layer}.attention", f"{layer}.mlp")
     block = hf.gpt_neox.layers[1]
     sides = []
     for place, pos in enumerate((target, source)):
@@ -187,8 +178,8 @@ def test_norms_of_queries_and_keys_are_frozen_by_hand():
     model = zoo_others.build("qwen3")
     hf = model.original_model
     head, target, source = 3, 5, 2
-    kept = Kept(hf, "model.embed_tokens", "model.layers.0.self_attn", "model.layers.0.mlp")
-    stream = torch.stack([kept[name] for name in kept.found])
+    layer = "model.layers.0"
+    stream = stream_of(hf, "model.embed_tokens", f"{layer}.self_attn", f"{layer}.mlp")
     block, sides = hf.model.layers[1], []
     for name, one, pos in (("q", head, target), ("k", head // 2, source)):
         attention = block.self_attn

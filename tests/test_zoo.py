@@ -12,7 +12,7 @@ import pytest
 import torch
 import zoo
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from watched import Watched
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 PROCESSABLE = [pytest.param(case, id=case.id) for case in zoo.kinds() if zoo.processable(case)]
@@ -172,15 +172,12 @@ def _downcasts(model: nn.Module) -> Iterator[set[str]]:
     found: set[str] = set()
     running: list[str] = []
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            out = func(*args, **(kwargs or {}))
-            tensors = isinstance(out, torch.Tensor) and args and isinstance(args[0], torch.Tensor)
-            if tensors and (args[0].dtype, out.dtype) == (torch.float64, torch.float32):
-                found.update(part for part in ("norm", "attention") if part in running[-1].lower())
-                # Rotary angles come from positions, not from the stream.
-                assert found or "Rotary" in running[-1], running
-            return out
+    def see(func: Any, args: Any, out: Any) -> None:
+        tensors = isinstance(out, torch.Tensor) and args and isinstance(args[0], torch.Tensor)
+        if tensors and (args[0].dtype, out.dtype) == (torch.float64, torch.float32):
+            found.update(part for part in ("norm", "attention") if part in running[-1].lower())
+            # Rotary angles come from positions, not from the stream.
+            assert found or "Rotary" in running[-1], running
 
     def enter(module: nn.Module, args: Any) -> None:
         running.append(type(module).__name__)
@@ -191,7 +188,7 @@ def _downcasts(model: nn.Module) -> Iterator[set[str]]:
     hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
     hooks += [module.register_forward_hook(leave) for module in model.modules()]
     try:
-        with Watch():
+        with Watched(see):
             yield found
     finally:
         for hook in hooks:

@@ -15,15 +15,7 @@ from torch import Tensor
 
 from tl_contextmix.adapters.dictionaries import Dictionaries, Dictionary
 from tl_contextmix.adapters.verification import probe_batch, relative_error
-from tl_contextmix.core.blocks import (
-    Batch,
-    Block,
-    EditPoints,
-    FeedForward,
-    Rewrite,
-    Trace,
-    affine,
-)
+from tl_contextmix.core.blocks import Batch, Block, EditPoints, FeedForward, Rewrite, Trace, affine
 from tl_contextmix.core.model_view import Hooks, ModelView, PassOutput, Runner
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import InvalidInput, UnsupportedModel

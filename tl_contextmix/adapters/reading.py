@@ -16,12 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tl_contextmix.adapters.attention_weights import (
-    borrows,
-    compression,
-    is_latent,
-    latent_scales,
-)
+from tl_contextmix.adapters.attention_weights import borrows, compression, is_latent, latent_scales
 from tl_contextmix.adapters.expert_reading import has_experts, read_experts
 from tl_contextmix.adapters.handles import Handle, attribute_of
 from tl_contextmix.adapters.multipliers import with_multipliers

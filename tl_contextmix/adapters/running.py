@@ -19,13 +19,7 @@ from torch.overrides import TorchFunctionMode
 from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.layouts import Layout
 from tl_contextmix.adapters.recognition import Facts, every_module, token_embedding
-from tl_contextmix.adapters.splices import (
-    around_point,
-    find_splices,
-    hook_point,
-    named,
-    stand_ins,
-)
+from tl_contextmix.adapters.splices import around_point, find_splices, hook_point, named, stand_ins
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import Edit, Hooks, PassOutput, Runner
 from tl_contextmix.core.token_sums import beside

@@ -9,11 +9,7 @@ import torch
 from torch import nn
 
 from tl_contextmix.adapters.recognition import changed
-from tl_contextmix.adapters.running import (
-    hooked_places,
-    require_no_autocast,
-    require_no_dropout,
-)
+from tl_contextmix.adapters.running import hooked_places, require_no_autocast, require_no_dropout
 from tl_contextmix.adapters.unbridged import Place, keeping
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import Hooks, PassOutput

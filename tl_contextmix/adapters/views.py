@@ -20,11 +20,7 @@ from tl_contextmix.adapters.refusals import require_supported
 from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
 from tl_contextmix.adapters.speech import build_speech, is_sound
 from tl_contextmix.adapters.verification import IdentityReport, require_identities
-from tl_contextmix.adapters.weight_processing import (
-    require_finite,
-    require_present,
-    sampled,
-)
+from tl_contextmix.adapters.weight_processing import require_finite, require_present, sampled
 from tl_contextmix.core.model_view import ModelView, NeedsModel
 from tl_contextmix.errors import InvalidInput, UnsupportedModel
 

@@ -25,11 +25,7 @@ from tl_contextmix.exploring import HOST, MAX_GIB
 from tl_contextmix.exploring import explore as exploring
 from tl_contextmix.plotting import Page, require_writable
 from tl_contextmix.plotting.display_text import visible
-from tl_contextmix.reporting.comparison_section import (
-    COMPARED,
-    COMPARISON_PATH,
-    compared_page,
-)
+from tl_contextmix.reporting.comparison_section import COMPARED, COMPARISON_PATH, compared_page
 from tl_contextmix.reporting.sections import SECTIONS
 
 

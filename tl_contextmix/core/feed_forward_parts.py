@@ -22,14 +22,7 @@ from torch import Tensor
 from tl_contextmix.core.blocks import Block, FeedForward
 from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.frozen_blocks import FrozenFeedForward, freeze_feed_forward
-from tl_contextmix.core.neuron_routes import (
-    Costs,
-    Route,
-    active_at,
-    fold,
-    in_use,
-    through_some,
-)
+from tl_contextmix.core.neuron_routes import Costs, Route, active_at, fold, in_use, through_some
 from tl_contextmix.core.token_sums import (
     FrozenNorm,
     Keep,

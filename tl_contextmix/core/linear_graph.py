@@ -26,13 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.linear_steps import (
-    Errors,
-    FeedForwards,
-    Gradient,
-    LinearStack,
-    mask_of,
-)
+from tl_contextmix.core.linear_steps import Errors, FeedForwards, Gradient, LinearStack, mask_of
 from tl_contextmix.core.token_sums import beside, blocks, listed
 
 

@@ -29,9 +29,9 @@ _STEPS = {"linear": 500, "hidden": 100}
 _GRADIENT = 1e-3
 
 
-def stretch_ends(count: int, fractions: Sequence[float] = FRACTIONS) -> tuple[int, ...]:
+def stretch_ends(count: int) -> tuple[int, ...]:
     """Returns after how many examples each stretch ends; empty stretches are left out."""
-    return tuple(sorted({max(1, round(count * fraction)) for fraction in fractions}))
+    return tuple(sorted({max(1, round(count * fraction)) for fraction in FRACTIONS}))
 
 
 def online_code(

@@ -34,14 +34,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_contextmix.core.blocks import (
-    AttentionSublayer,
-    Block,
-    FeedForward,
-    Sublayer,
-    Trace,
-    shift,
-)
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Sublayer, Trace, shift
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import FrozenNorm, beside

@@ -37,12 +37,7 @@ from tl_contextmix.core.residual_stream import (
     decompose_stream,
     needed,
 )
-from tl_contextmix.core.tiled_logits import (
-    Distributions,
-    NormRule,
-    Vocabulary,
-    read_vocabulary,
-)
+from tl_contextmix.core.tiled_logits import Distributions, NormRule, Vocabulary, read_vocabulary
 from tl_contextmix.core.token_sums import beside, blocks
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, seen
 from tl_contextmix.results import Tokens

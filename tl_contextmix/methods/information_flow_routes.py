@@ -16,12 +16,7 @@ from tl_contextmix.core.blocks import Trace
 from tl_contextmix.core.flow_routes import RouteNode, find_routes
 from tl_contextmix.core.token_sums import listed
 from tl_contextmix.core.validation import Positive, Rule
-from tl_contextmix.engine.linear_graphs import (
-    linear_graph,
-    places_of,
-    require_linear,
-    run_single,
-)
+from tl_contextmix.engine.linear_graphs import linear_graph, places_of, require_linear, run_single
 from tl_contextmix.engine.log_prob_scores import Prediction
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method

@@ -10,13 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib
-from matplotlib.font_manager import (
-    FontPath,
-    FontProperties,
-    findfont,
-    fontManager,
-    get_font,
-)
+from matplotlib.font_manager import FontPath, FontProperties, findfont, fontManager, get_font
 from matplotlib.textpath import text_to_path
 
 from tl_contextmix.errors import InvalidInput

@@ -12,13 +12,7 @@ from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.errors import ContextMixError, InvalidInput
-from tl_contextmix.evaluation import (
-    MinimalPair,
-    Sentence,
-    Unusable,
-    demo_pairs,
-    load_minimal_pairs,
-)
+from tl_contextmix.evaluation import MinimalPair, Sentence, Unusable, demo_pairs, load_minimal_pairs
 from tl_contextmix.evaluation.compare import comparable, compare
 from tl_contextmix.plotting import Page, Section
 from tl_contextmix.plotting.panels import Heatmap, Panel, Table

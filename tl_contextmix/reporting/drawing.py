@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from tl_contextmix.plotting.panels import Heatmap
-from tl_contextmix.results import ContextMap, LayerFigures
+from tl_contextmix.results import ContextMap
 
 
 def shares(map: ContextMap, title: str, caption: str) -> Heatmap:
@@ -41,12 +41,6 @@ def table_of(
         unit=unit,
         tokens=("columns",),
     )
-
-
-def only(figures: LayerFigures, quantities: tuple[str, ...]) -> LayerFigures:
-    """Returns some of the quantities, so that those on one scale share a chart."""
-    places = [figures.quantities.index(name) for name in quantities]
-    return replace(figures, values=figures.values[:, :, places], quantities=quantities)
 
 
 def stands_out(values: Sequence[float]) -> int | None:

@@ -12,7 +12,7 @@ from tl_contextmix.methods.norm_changes import (
 )
 from tl_contextmix.plotting import Section
 from tl_contextmix.plotting.panels import Heatmap, Table
-from tl_contextmix.reporting.drawing import largest, only, quoted, shares
+from tl_contextmix.reporting.drawing import largest, quoted, shares
 from tl_contextmix.reporting.story import Story
 from tl_contextmix.results import PairChanges
 
@@ -26,7 +26,7 @@ def feed_forward(story: Story) -> Section | str:
     change, undone = contextualization_change(story.maps), cancellation(story.maps)
     # The third quantity, a ratio of norms, is on another scale.
     undone = replace(
-        only(undone, ("cancel", "recover")),
+        undone.select(quantity=["cancel", "recover"]),
         caption="cancel (a cosine): below 0, RES and LN move the map against FF's change. "
         "recover (a difference of rank correlations): above 0, the block's map is closer to the "
         "one before FF.",

@@ -11,14 +11,7 @@ from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.plotting import Opening, Section
 from tl_contextmix.plotting.panels import Heatmap, Panel
-from tl_contextmix.reporting.drawing import (
-    largest,
-    quoted,
-    quoted_at,
-    shares,
-    stands_out,
-    table_of,
-)
+from tl_contextmix.reporting.drawing import largest, quoted, quoted_at, shares, stands_out, table_of
 from tl_contextmix.reporting.story import Story
 
 _SCOPES = {

@@ -514,7 +514,7 @@ class ContextMap(LabelledArray):
                 columns=part.source.strings[0],
                 causal=part.causal,
                 unit=self.unit,
-                layers=self._sheet_layers(),
+                layers=tuple(layer for layer in self.layers for _ in self.heads),
                 heads=tuple(self.heads) * len(self.layers) if len(self.heads) > 1 else (),
                 tokens=("rows", "columns"),
                 row_positions=part.target.labels(),
@@ -553,9 +553,6 @@ class ContextMap(LabelledArray):
         if len(self.heads) == 1:
             return tuple(f"layer {name}" for name in self.layer_names)
         return tuple(f"L{layer}H{head}" for layer in self.layers for head in self.heads)
-
-    def _sheet_layers(self) -> tuple[int, ...]:
-        return tuple(layer for layer in self.layers for _ in self.heads)
 
     def _caption(self) -> str:
         """Returns how to read a map."""

@@ -307,8 +307,8 @@ class LabelledArray(Result):
             else:
                 coords[axis] = [*labels]
         arrays = {
-            name: (axes, as_array(getattr(self, name)))
-            for name, axes in tensor_axes(type(self)).items()
+            name: (axes_of(type(self), name), as_array(getattr(self, name)))
+            for name in (*tensor_axes(type(self)), self._array)
             if getattr(self, name) is not None
         }
         about = ("point", "stack", "unit", "title", "caption")

@@ -14,10 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.adapters.chats import ROLES, chats_of
 from tl_contextmix.adapters.inputs.activation_cache import Cache, describe
-from tl_contextmix.adapters.inputs.model_arguments import (
-    further_arguments,
-    warn_of_lost_segments,
-)
+from tl_contextmix.adapters.inputs.model_arguments import further_arguments, warn_of_lost_segments
 from tl_contextmix.adapters.inputs.padding import (
     find_padding,
     find_target_padding,
@@ -307,14 +304,19 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
         encoded = [view.encode_decoder(text, language) for text in texts]
         side = _pad(view, texts, encoded, "right")
         require_ids(view, side.ids, "decoder_input")
-    if side.ids.shape[0] != rows:
+    require_as_many(rows, side.ids.shape[0])
+    return side
+
+
+def require_as_many(inputs: int, others: int) -> None:
+    """Raises InvalidInput unless there are as many decoder inputs as inputs."""
+    if others != inputs:
         raise InvalidInput(
             "input and decoder_input do not fit each other",
-            f"{rows} and {side.ids.shape[0]} rows",
+            f"{inputs} and {others} rows",
             "as many decoder inputs as inputs",
             "Give one decoder input per input.",
         )
-    return side
 
 
 def _texts(view: ModelView, given: object, name: str) -> list[str]:

@@ -14,12 +14,7 @@ from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import InvalidInput
-from tl_contextmix.results import (
-    AttributionGraph,
-    LogProbContributions,
-    QueryContributions,
-    Tokens,
-)
+from tl_contextmix.results import AttributionGraph, LogProbContributions, QueryContributions, Tokens
 
 # The alternatives of each prediction.
 Sets = tuple[tuple[int, ...], ...]

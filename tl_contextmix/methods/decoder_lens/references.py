@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_contextmix.adapters import EncoderDecoder
 from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
 from tl_contextmix.adapters.inputs.activation_cache import describe
-from tl_contextmix.adapters.inputs.tokens import as_tensor
+from tl_contextmix.adapters.inputs.tokens import as_tensor, require_as_many
 from tl_contextmix.adapters.questions import single_token
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.text_metrics import words
@@ -81,13 +81,7 @@ def _speech_prompt(model: EncoderDecoder, given: Any, features: Tensor) -> Side:
     if given is None:
         return Side(prompt, torch.ones_like(prompt, dtype=torch.bool))
     texts = as_texts(given, "decoder_input")
-    if len(texts) != len(features):
-        raise InvalidInput(
-            "input and decoder_input do not fit each other",
-            f"{len(features)} and {len(texts)} rows",
-            "as many decoder inputs as inputs",
-            "Give one decoder input per input.",
-        )
+    require_as_many(len(features), len(texts))
     rows = [
         [*start, *model.encode_target(text, False)]
         for start, text in zip(prompt.tolist(), texts, strict=True)

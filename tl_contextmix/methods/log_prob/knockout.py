@@ -14,12 +14,7 @@ from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.validation import NotNegative
 from tl_contextmix.engine.edited_runs import Ablation, Replacement
 from tl_contextmix.engine.registry import method
-from tl_contextmix.engine.selection import (
-    Chosen,
-    Controls,
-    chosen_components,
-    without_sources,
-)
+from tl_contextmix.engine.selection import Chosen, Controls, chosen_components, without_sources
 from tl_contextmix.results import Knockout
 from tl_contextmix.results.components import finest
 

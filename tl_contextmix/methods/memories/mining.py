@@ -32,13 +32,7 @@ from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.memories.corpus_arguments import COUNTS, require_path
 from tl_contextmix.methods.memories.corpus_formats import Corpus, open_corpus
-from tl_contextmix.methods.memories.miner import (
-    Duplicates,
-    Miner,
-    Tails,
-    Unit,
-    make_miner,
-)
+from tl_contextmix.methods.memories.miner import Duplicates, Miner, Tails, Unit, make_miner
 from tl_contextmix.methods.memories.shards import (
     Cutting,
     Malformed,

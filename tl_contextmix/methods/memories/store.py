@@ -40,8 +40,6 @@ _COLUMNS = (
 )
 TABLE, MANIFEST = "triggers.parquet", "manifest.json"
 FORMAT_VERSION = 2
-_READABLE = {1: list(_COLUMNS[:-1]), 2: list(_COLUMNS)}
-"""Columns of the table by version of the format; the first had no hashes of documents."""
 _FACTS = ("run", "rank", "world_size", "done", "shards")
 _SIGNS = {"negative": -1, "+-": -1, "-+": -1}
 _ENTRY = ("values", "places", "tokens", "hashes", "keys")
@@ -148,7 +146,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise unreadable(path, seen, remedy if parts else "")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] not in _READABLE:
+        if found["format"] != FORMAT_VERSION:
             raise ValueError(f"format version {found['format']}")
         return check_manifest(found)
     except Exception as error:  # a hostile file can fail anywhere
@@ -164,7 +162,7 @@ def read_table(
     path = folder / TABLE
     try:
         schema = pyarrow.parquet.read_schema(path)
-        if schema.names != _READABLE[manifest["format"]]:
+        if schema.names != list(_COLUMNS):
             raise ValueError(f"columns {schema.names}")
         result = pyarrow.parquet.read_table(path, filters=conditions or None).to_pandas()
         check_table(result, manifest)

@@ -21,19 +21,9 @@ from tl_contextmix.methods.memories.mined import Mined
 from tl_contextmix.methods.memories.miner import tokenizer_hash
 from tl_contextmix.methods.memories.store import not_mined, read_manifest, unreadable
 from tl_contextmix.methods.memories.trigger_contexts import examples, write_jsonl, write_sheet
-from tl_contextmix.methods.memories.trigger_statistics import (
-    agreement,
-    patterns,
-    removal,
-    sampled,
-)
+from tl_contextmix.methods.memories.trigger_statistics import agreement, patterns, removal, sampled
 from tl_contextmix.plotting.panels import Panel, Table
-from tl_contextmix.results import (
-    LayerFigures,
-    TriggerAgreement,
-    TriggerExamples,
-    TriggerPatterns,
-)
+from tl_contextmix.results import LayerFigures, TriggerAgreement, TriggerExamples, TriggerPatterns
 from tl_contextmix.results.axes import positions
 
 if TYPE_CHECKING:
