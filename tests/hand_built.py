@@ -137,14 +137,14 @@ def random_map(
 def components(batch: int = 2) -> Components:
     """Six components of different kinds, the last one a bias."""
     table = torch.tensor(
-        # kind, layer, pos, head, source, neuron, expert; kinds as in `results.components.KINDS`
+        # kind, layer, pos, head, source, neuron; kinds as in `results.components.KINDS`
         [
-            [0, -1, 3, -1, -1, -1, -1],
-            [2, 0, 3, 1, -1, -1, -1],
-            [2, 1, 3, 0, 2, -1, -1],
-            [3, 1, 3, 0, 1, 5, -1],
-            [4, 1, 3, -1, -1, 7, -1],
-            [9, 1, 3, -1, -1, -1, -1],
+            [0, -1, 3, -1, -1, -1],
+            [2, 0, 3, 1, -1, -1],
+            [2, 1, 3, 0, 2, -1],
+            [3, 1, 3, 0, 1, 5],
+            [4, 1, 3, -1, -1, 7],
+            [9, 1, 3, -1, -1, -1],
         ]
     )
     columns = table.T[:, None].expand(-1, batch, -1)
@@ -310,7 +310,6 @@ def score() -> ScoreContributions:
         head=nothing,
         source=nothing,
         neuron=nothing,
-        expert=nothing,
     )
     words = tokens(1, 4)
     return ScoreContributions(

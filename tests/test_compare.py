@@ -407,6 +407,9 @@ def test_differences_that_cannot_be_told(found: Comparison) -> None:
     for asked, message in wrong:
         with pytest.raises(cm.InvalidInput, match=message):
             found.difference(**{"method": "value_zeroing", "other": "attention", **asked})
+    old = Score(tuple(replace(row, values=()) for row in found.rows), "old", "")
+    with pytest.raises(cm.InvalidInput, match="means alone.*older versions"):
+        old.difference("value_zeroing", "attention")
     twice = Score((*found.rows, *found.rows), "twice", "")
     with pytest.raises(cm.InvalidInput, match="two figures of 'value_zeroing' for one layer"):
         twice.difference("value_zeroing", "attention")
@@ -420,6 +423,12 @@ def test_differences_that_cannot_be_told(found: Comparison) -> None:
     assert row.sentences == 0
 
 
+def test_files_of_older_versions_have_means_alone() -> None:
+    old = Comparison.load(Path(__file__).parent / "data/v1/Comparison.safetensors")
+    with pytest.raises(cm.InvalidInput, match="means alone.*older versions"):
+        old.difference(old.methods[0], old.methods[1])
+
+
 def test_the_page_says_how_far_behind_the_best_each_method_is(found: Comparison) -> None:
     behind = next(panel for panel in found.panels() if panel.title == "Behind the best method")
     cells = {row[0]: row[1] for row in behind.table().rows}
@@ -429,6 +438,8 @@ def test_the_page_says_how_far_behind_the_best_each_method_is(found: Comparison)
     assert str(cells["attention"]).startswith(
         f"{row.value:+.2f} ({row.low:.2f} to {row.high:.2f}; p "
     )
+    old = replace(found, rows=tuple(replace(row, values=()) for row in found.rows))
+    assert "Behind the best method" not in [panel.title for panel in old.panels()]
 
 
 def test_likeness_by_hand(causal: Any, found: Comparison) -> None:

@@ -1,4 +1,4 @@
-"""Parts and differences of results: positions of the input, tokens, NumPy, xarray."""
+"""Parts and differences of results: positions of the input, tokens, NumPy, xarray, old files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pandas
 import pytest
 import torch
 from hand_built import map_of, random_map, sentence, tokens
-from shown import every_class
 
 import tl_contextmix as cm
+from tl_contextmix import results
+from tl_contextmix.adapters.verification.identity_report import IdentityReport
 from tl_contextmix.errors import ContextMixError, InvalidInput
 from tl_contextmix.evaluation import agreement, cue_alignment
 from tl_contextmix.plotting.panels import Heatmap
@@ -27,16 +28,19 @@ from tl_contextmix.results import (
     LayerwiseLikelihood,
     LayerwiseScores,
     Memories,
+    Result,
     TokenFigures,
     TokenMemory,
     Tokens,
+    storage,
 )
 from tl_contextmix.results.labelled_arrays import LabelledArray
 
 pytestmark = pytest.mark.once
 
+FILES = sorted((Path(__file__).parent / "data/v1").glob("*.safetensors"))
 ARRAYS: dict[type, Any] = {
-    kind: one for kind, one in every_class().items() if isinstance(one, LabelledArray)
+    type(one): one for path in FILES if isinstance(one := Result.load(path), LabelledArray)
 }
 EACH = [pytest.param(one, id=kind.__name__) for kind, one in ARRAYS.items()]
 
@@ -344,6 +348,39 @@ def test_without_xarray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "xarray", None)
     with pytest.raises(ContextMixError, match=r"pip install \"tl-contextmix\[xarray\]\""):
         random_map().to_xarray()
+
+
+# Files of version 0.1.0
+
+
+def test_there_is_a_file_of_every_class():
+    named = {path.stem for path in FILES}
+    known = {kind.__name__ for kind in storage._CLASSES.values() if issubclass(kind, Result)}
+    later = {
+        "AttentionKnockout",
+        "AttributionGraph",
+        "ContextReliance",
+        "Differences",
+        "FlowKnockout",
+        "HeadDecomposition",
+        "ProbedMaps",
+        "Probing",
+        "Scan",
+        "ScoreContributions",
+    }
+    public = {name for name in known if hasattr(results, name)} - later
+    assert public | {IdentityReport.__name__} == named
+    assert sum(path.stat().st_size for path in FILES) < 100_000
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_of_version_1_load(path: Path, tmp_path: Path):
+    result: Any = Result.load(path)
+    assert type(result).__name__ == path.stem
+    assert result.panels()
+    assert repr(result)
+    assert len(result.to_dataframe())
+    assert type(result).load(result.save(tmp_path / "again")).equals(result)
 
 
 def test_sources_can_be_left_out_of_the_scale() -> None:

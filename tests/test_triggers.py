@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,17 @@ def test_what_is_beside_a_trigger_is_what_was_mined(tmp_path: Path) -> None:
     for ask in asked:
         with pytest.raises(cm.InvalidInput, match=r"document \d is not the one that was mined"):
             ask()
+    # Version 0.1.0 wrote no hashes: such folders are read, and their tokens are compared.
+    old = shutil.copytree(tmp_path / "new", tmp_path / "old")
+    frame = found.to_dataframe().drop(columns="hash")
+    frame.to_parquet(old / "triggers.parquet", index=False)
+    manifest = json.loads((old / "manifest.json").read_text())
+    (old / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    read = cm.load_triggers(old, model=model, corpus=corpus)
+    assert read.to_dataframe().equals(frame)
+    assert read.examples(0, neuron).triggers == found.examples(0, neuron).triggers
+    with pytest.raises(cm.InvalidInput, match="is not the one that was mined"):
+        cm.load_triggers(old, model=model, corpus=["a", "a"]).examples(0, neuron)
 
 
 def test_what_reads_both_ways_has_no_next_token(tmp_path: Path) -> None:

@@ -179,8 +179,8 @@ class Comparison(ScoreTable):
         )
 
     def _behind(self) -> tuple[Table, ...]:
-        """Returns how far each method is from the best one, by metric."""
-        if len(self.methods) < 2:
+        """Returns how far each method is from the best one, by metric; nothing of older files."""
+        if len(self.methods) < 2 or not all(row.values for row in self.rows):
             return ()
         cells: dict[str, list[str]] = {method: [] for method in self.best()["method"]}
         for metric in self.metrics:

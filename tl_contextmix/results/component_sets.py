@@ -50,6 +50,11 @@ class ComponentSet(LabelledArray):
     tokens: Tokens
     encoder: Tokens | None
 
+    def __post_init__(self) -> None:
+        if getattr(self, "sentence", 0) is None:  # files of 0.1.0: each row is a sentence
+            object.__setattr__(self, "sentence", torch.arange(len(self.scores)))
+        super().__post_init__()
+
     def _require_whole(self) -> None:
         """Raises InvalidInput for a position that there is not, too."""
         super()._require_whole()

@@ -75,9 +75,11 @@ class Components:
     head: Int[torch.Tensor, "batch component"]
     source: Int[torch.Tensor, "batch component"]
     neuron: Int[torch.Tensor, "batch component"]
-    expert: Int[torch.Tensor, "batch component"]
+    expert: Int[torch.Tensor, "batch component"] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.expert is None:  # files written before there were experts
+            object.__setattr__(self, "expert", torch.full_like(self.kind, -1))
         for name, column in vars(self).items():
             require_shape(f"Components.{name}", tuple(column.shape), tuple(self.kind.shape))
         if self.kind.numel() and not 0 <= int(self.kind.min()) <= int(self.kind.max()) < len(KINDS):

@@ -99,8 +99,8 @@ class LogProbContributions(ComponentSet):
     tokens: Tokens
     encoder: Tokens | None
     provenance: Provenance
-    foil: Tokens | None
-    sentence: Int[torch.Tensor, " batch"]
+    foil: Tokens | None = None
+    sentence: Int[torch.Tensor, " batch"] = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
         super().__post_init__()

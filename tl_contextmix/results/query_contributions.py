@@ -61,7 +61,7 @@ class QueryContributions(ComponentSet):
     tokens: Tokens
     encoder: Tokens | None
     provenance: Provenance
-    sentence: Int[torch.Tensor, " batch"]
+    sentence: Int[torch.Tensor, " batch"] = None  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
         batch, neurons, count = self.inner.shape

@@ -41,7 +41,8 @@ class ScoreRow:
         high: Upper end.
         chance: What a map without information gets; NaN where there is no such level.
         sentences: Over how many sentences.
-        values: The figure of each sentence, NaN where it has none.
+        values: The figure of each sentence, NaN where it has none; empty if it was read from a file
+            of an older version, which did not keep them.
     """
 
     method: str
@@ -52,7 +53,7 @@ class ScoreRow:
     high: float
     chance: float
     sentences: int
-    values: tuple[float, ...] = field(repr=False)
+    values: tuple[float, ...] = field(default=(), repr=False)
 
 
 FIGURE_CELLS = {
@@ -161,7 +162,8 @@ class ScoreTable(RowTable):
 
         Raises:
             InvalidInput: If there is no such method, metric or layer, a method has two figures of
-                one layer, or two have figures of different sentences.
+                one layer, two have figures of different sentences, or the sentences' figures were
+                not kept (files of older versions).
         """
         metric = self.require_metric(metric)
         one = self._values(method, metric)
@@ -200,12 +202,15 @@ class ScoreTable(RowTable):
                 did_you_mean(method, self.methods) or "Compare it, too.",
             )
         result = {row.layer: torch.tensor(row.values, dtype=torch.float64) for row in rows}
-        if len(result) < len(rows):
+        if len(result) < len(rows) or not all(len(values) for values in result.values()):
+            several = len(result) < len(rows)
             raise InvalidInput(
                 "figures cannot be compared sentence by sentence",
-                f"two figures of {method!r} for one layer",
+                f"two figures of {method!r} for one layer" if several else "means alone",
                 "figures of each sentence, one for each method and layer",
-                "Give the methods names of their own, such as method= of cue_alignment.",
+                "Give the methods names of their own, such as method= of cue_alignment."
+                if several
+                else "Compute them again: files of older versions did not keep these.",
             )
         return result
 

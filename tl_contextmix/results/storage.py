@@ -26,7 +26,9 @@ import torch
 from tl_contextmix.errors import FileFormatError, InvalidInput
 
 FORMAT = "tl_contextmix"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = 2
+"""Version 2 added numbers of selected tokens and signed maps; version 1 is read as it is."""
+_READ = ("1", "2")
 # The labels are a tensor of bytes: safetensors bounds its header, and with it a million labels.
 _LABELS = "labels"
 # Of all tensors: a byte that changed on the way gives no other number. Older files have none.
@@ -82,7 +84,7 @@ def save(result: object, path: str | Path, *, name: str | None = None) -> Path:
     labels = json.dumps(_pack(result, tensors)).encode()
     tensors[_LABELS] = torch.frombuffer(bytearray(labels), dtype=torch.uint8)
     with replacing(path, name) as part:
-        made = {FORMAT: FORMAT_VERSION, CHECKSUM: checksum(tensors)}
+        made = {FORMAT: str(FORMAT_VERSION), CHECKSUM: checksum(tensors)}
         save_file(tensors, str(part), metadata=made)
     return path
 
@@ -177,17 +179,17 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             made = file.metadata() or {}
             version = made.get(FORMAT)
             # Other tools' files may be large: their tensors are not read.
-            names = file.keys() if version == FORMAT_VERSION else ()
+            names = file.keys() if version in _READ else ()
             tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:  # safetensors raises its own type, OSError or ValueError
         raise _unreadable(path, f"no safetensors file ({_short(error)})") from error
     if version is None:
         raise _unreadable(path, "a safetensors file of something else")
-    if version != FORMAT_VERSION:
+    if version not in _READ:
         raise _unreadable(
             path,
             f"format version {version[:20]}",
-            f"version {FORMAT_VERSION}",
+            f"version {' or '.join(_READ)}",
             "Load it with the version of tl_contextmix that wrote it, or a newer one.",
         )
     try:

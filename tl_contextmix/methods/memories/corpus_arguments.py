@@ -52,7 +52,7 @@ _RUN = {
 _MANIFEST = {
     "run": _RUN,
     "corpus": {"digest": _TEXT, "shards": _NUMBER},
-    "counts": dict.fromkeys(COUNTS, _NUMBER),
+    "counts": dict.fromkeys(COUNTS[:-2], _NUMBER),
 }
 _PART = {
     "run": _RUN,
@@ -82,6 +82,9 @@ def one_layer(layer: Any, layers: tuple[int, ...]) -> int:
 def check_manifest(found: Any) -> dict[str, Any]:
     """Returns a manifest; raises ValueError, naming the first thing, unless it is one."""
     _require(found, _MANIFEST, "the manifest")
+    # Not counted by earlier versions.
+    for name in COUNTS[-2:]:
+        _require(found["counts"].setdefault(name, 0), _NUMBER, f"counts: {name}")
     if found["counts"].keys() != set(COUNTS):
         raise ValueError("counts of something else")
     _require_neurons(found["run"])
@@ -172,8 +175,8 @@ def check_table(frame: Any, manifest: dict[str, Any]) -> None:
         "next_token": (-1, MOST),
         "hash": (-(2**63), 2**63),
     }
-    for name, (least, limit) in limits.items():
-        column = frame[name]
+    for name in [name for name in limits if name in frame]:
+        column, (least, limit) = frame[name], limits[name]
         if column.dtype.kind != "i" or not bool(column.between(least, limit - 1).all()):
             raise ValueError(f"{name} out of range")
     if frame["value"].dtype.kind != "f" or not bool((frame["value"].abs() < torch.inf).all()):

@@ -40,6 +40,8 @@ _COLUMNS = (
 )
 TABLE, MANIFEST = "triggers.parquet", "manifest.json"
 FORMAT_VERSION = 2
+_READABLE = {1: list(_COLUMNS[:-1]), 2: list(_COLUMNS)}
+"""Columns of the table by version of the format; the first had no hashes of documents."""
 _FACTS = ("run", "rank", "world_size", "done", "shards")
 _SIGNS = {"negative": -1, "+-": -1, "-+": -1}
 _ENTRY = ("values", "places", "tokens", "hashes", "keys")
@@ -146,7 +148,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise unreadable(path, seen, remedy if parts else "")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT_VERSION:
+        if found["format"] not in _READABLE:
             raise ValueError(f"format version {found['format']}")
         return check_manifest(found)
     except Exception as error:  # a hostile file can fail anywhere
@@ -162,7 +164,7 @@ def read_table(
     path = folder / TABLE
     try:
         schema = pyarrow.parquet.read_schema(path)
-        if schema.names != list(_COLUMNS):
+        if schema.names != _READABLE[manifest["format"]]:
             raise ValueError(f"columns {schema.names}")
         result = pyarrow.parquet.read_table(path, filters=conditions or None).to_pandas()
         check_table(result, manifest)

@@ -53,11 +53,12 @@ def contexts(triggers: Mined, frame: pandas.DataFrame) -> dict[Place, list[int]]
     """
     picked = _picked(triggers, set(frame["document"].tolist()))
     ids = {number: _as_mined(triggers, document) for number, document in picked.items()}
-    result, columns = {}, (frame["token"], frame["hash"])
-    for place, token, mined in zip(places_of(frame), *columns, strict=True):
+    result, hashes = {}, frame.get("hash", frame["document"].map(lambda _: None))
+    for place, token, mined in zip(places_of(frame), frame["token"], hashes, strict=True):
         document, position = place
         whole = ids[document]
-        other = picked[document].hash() != mined
+        # Version 0.1.0 wrote no hashes: the token at the trigger has to do.
+        other = mined is not None and picked[document].hash() != mined
         if other or position >= len(whole) or whole[position] != token:
             raise InvalidInput(
                 f"document {document} is not the one that was mined",
