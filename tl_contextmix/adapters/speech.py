@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.handles import Handle
+from tl_contextmix.adapters.attention_weights import unmerged
+from tl_contextmix.adapters.handles import Handle, adapters_apart
 from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.adapters.running import without_hooks
 from tl_contextmix.adapters.speech_passes import head_of, refused, run_speech, stacks_of
@@ -169,7 +170,7 @@ def _attention_weight(
     if projection is None:
         return None
     module = getattr(stacks_of(host.original_model)[side].layers[layer], name)
-    linear = getattr(module, projection)
+    linear = _plain(getattr(module, projection), f"{side}.{layer}.{name}.{projection}")
     found = linear.weight if kind == "W" else linear.bias
     if found is None:
         return None
@@ -188,8 +189,16 @@ def _neuron_weight(
     if leaf not in ("in", "out"):
         return None
     block = stacks_of(host.original_model)[side].layers[layer]
-    linear = block.get_submodule(pair[leaf == "out"])
+    path = pair[leaf == "out"]
+    linear = _plain(block.get_submodule(path), f"{side}.{layer}.{path}")
     return host.handle.ready(linear.weight.T if kind == "W" else linear.bias)
+
+
+def _plain(linear: Any, path: str) -> Any:
+    """Returns a linear layer, whose weight is what it computes with."""
+    if unmerged(linear):
+        raise adapters_apart(f"the weight of {path}")
+    return linear
 
 
 def _norm(module: Any, dtype: torch.dtype) -> Norm:
@@ -239,7 +248,7 @@ def _readout(host: Unbridged) -> Readout:
         return Readout(None, None, lambda name: None, refusal=refusal)
 
     def read(name: str) -> Tensor | None:
-        head = head_of(host.original_model)
+        head = _plain(head_of(host.original_model), "the readout")
         weight = handle.ready(head.weight)
         if name == "W_U":
             return weight.T

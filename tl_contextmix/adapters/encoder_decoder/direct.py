@@ -23,6 +23,7 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     of_view,
     require_no_hooks_on,
 )
+from tl_contextmix.adapters.recognition import require_tokens
 from tl_contextmix.adapters.running import (
     hooked_places,
     lock_of,
@@ -97,6 +98,7 @@ def from_text(model: Any, tokenizer: Any, language: str | None = None) -> Encode
     Raises:
         UnsupportedModel: If what its decoder reads is not known, or depends on other rows.
     """
+    require_tokens(model)
     require_no_dropout(model)
     encoder, decoder_stack = model.get_encoder(), model.get_decoder()
     require_no_hooks_on([model, encoder])
