@@ -238,6 +238,12 @@ def test_frames_are_joined_to_words_by_their_times() -> None:
             ask(found, wrong, per_second=50)
     with pytest.raises(cm.InvalidInput, match="no times"):
         found.words(times, per_second=0.0)
+    # Of 0.17 seconds the convolutions make no frame of the end.
+    whole = found.words([(0.0, 0.1), (0.1, 0.17)], per_second=50)
+    assert torch.equal(whole.scores, found.words([(0, 5), (5, 8)]).scores)
+    for beyond in [(0.1, 0.2), (0.16, 0.18)]:
+        with pytest.raises(cm.InvalidInput, match="beyond the sound.*up to 0.16 seconds"):
+            found.words([beyond], per_second=50)
 
 
 def test_what_a_model_of_sound_does_not_answer_is_refused_by_name() -> None:
@@ -265,6 +271,9 @@ def test_what_a_model_of_sound_does_not_answer_is_refused_by_name() -> None:
     wavlm = made("WavLMModel")
     with pytest.raises(cm.UnsupportedModel, match="not a TransformerLens model"):
         cm.value_zeroing(wavlm, sound(""))
+    padded = {"input_values": sound(""), "attention_mask": torch.tensor([[1] * 9 + [0]] * 3)}
+    with pytest.raises(cm.InvalidInput, match="got 3 of 3 with zeros in attention_mask"):
+        cm.value_zeroing(made("HubertModel"), padded)
     handle = hf.get_encoder().layers[0].register_forward_hook(lambda module, args, out: out)
     with pytest.raises(cm.UnsupportedModel, match="hooks on a Hugging Face model"):
         cm.value_zeroing(hf, features())
@@ -277,7 +286,7 @@ def test_a_view_keeps_no_model_alive_and_sees_changed_weights() -> None:
     hf = made("HubertModel")
     before = cm.value_zeroing(hf, sound(""))
     assert isinstance(before, ContextMap)
-    again = {"input_values": sound("")}
+    again = {"input_values": [*sound("").numpy()]}
     assert torch.equal(cm.value_zeroing(hf, again).scores, before.scores)
     assert (
         before.provenance.options["input_values"]

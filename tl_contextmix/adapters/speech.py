@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tl_contextmix.adapters.attention_weights import unmerged
 from tl_contextmix.adapters.handles import Handle, adapters_apart
 from tl_contextmix.adapters.inputs.activation_cache import describe
+from tl_contextmix.adapters.inputs.tokens import sound_of
 from tl_contextmix.adapters.running import without_hooks
 from tl_contextmix.adapters.speech_passes import head_of, refused, run_speech, stacks_of
 from tl_contextmix.adapters.tokenizers import make_to_string
@@ -272,8 +273,7 @@ def _heard(host: Unbridged, d_vocab: int, given: Any) -> tuple[Side, dict[str, T
     """
     model = host.original_model
     name, config = model.main_input_name, model.config
-    if isinstance(given, Mapping) and name in given:
-        given = given[name]
+    given = sound_of(given, name)
     bins = getattr(config, "num_mel_bins", None) if name == "input_features" else None
     length = None if bins is None else 2 * config.max_source_positions
     sound = given if isinstance(given, Tensor) and given.is_floating_point() else torch.empty(0)

@@ -204,6 +204,29 @@ def as_tensor(given: Any) -> Any:
     return given
 
 
+def sound_of(given: Any, name: str) -> Any:
+    """Returns sound as a tensor where it can be one, a feature extractor's result taken apart.
+
+    Args:
+        given: Samples or features, or what the feature extractor returned.
+        name: What the model calls them.
+
+    Raises:
+        InvalidInput: If a sound is padded. Whisper hears its padding: its encoder takes no mask.
+    """
+    if isinstance(given, Mapping) and name in given:
+        mask = as_tensor(given.get("attention_mask"))
+        if name == "input_values" and isinstance(mask, Tensor) and not bool(mask.all()):
+            raise InvalidInput(
+                "padded sounds cannot be heard apart from their padding",
+                f"{int((mask == 0).any(-1).sum())} of {len(mask)} with zeros in attention_mask",
+                "sounds of one length",
+                "Call once for each sound, not padded.",
+            )
+        given = given[name]
+    return as_tensor(given)
+
+
 def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
     """Returns the tokens of the main side, and the segments of pairs of texts."""
     if isinstance(given.input, Tensor):
