@@ -419,9 +419,12 @@ class Words:
     prefix_tokens = (START, ENGLISH, TRANSCRIBE, PLAIN)
     all_special_ids = (START, 2, *LANGUAGE_IDS.values(), *TASKS.values(), PLAIN)
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(
+        self, text: str = "", *, text_target: str = "", add_special_tokens: bool = True
+    ) -> dict[str, list[int]]:
         """Returns letters as ids."""
-        words = [5 + ord(letter) - ord("a") for letter in text.replace(" ", "")]
+        letters = (text or text_target).replace(" ", "")
+        words = [5 + ord(letter) - ord("a") for letter in letters]
         return {"input_ids": [*self.prefix_tokens, *words, 2] if add_special_tokens else words}
 
     def decode(self, ids: Any, **options: Any) -> str:
@@ -455,6 +458,10 @@ def test_text_follows_whispers_prompt() -> None:
     torch.testing.assert_close(scores.log_probs[0, -1], right[0, -1, [8]])
     torch.testing.assert_close(scores.log_probs[1, -1], right[1, -2, [8]])
     torch.testing.assert_close(by_ids.log_probs[:, -1], first[:, -1].log_softmax(-1)[:, [8]])
+    # Maps begin with what the tokenizer puts before a text, and that with the start token.
+    model.tokenizer = Words()
+    found = cm.attention(model, features(), decoder_input=["ab", "ab"])
+    assert found.target.ids.tolist() == [[*Words.prefix_tokens, 5, 6]] * 2
 
 
 @pytest.mark.once

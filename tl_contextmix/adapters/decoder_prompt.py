@@ -179,8 +179,10 @@ def _target(model: Any, tokenizer: Any, text: str) -> tuple[list[int], list[int]
     # Marian has a vocabulary of its own for the target language.
     with target_mode(tokenizer):
         before, words, after = in_frame(tokenizer, text_target=text)
-    # The last one is dropped, so there is one to drop.
     start = decoder_start(model)
+    # Whisper's tokenizer begins with the start token itself.
+    before = before[1:] if before[:1] == [start] else before
+    # The last one is dropped, so there is one to drop.
     labels = [*before, *words, *(after or [start])]
     # A bridge's model does it the way of its family: mBART moves the
     # language code from the end to the front.
