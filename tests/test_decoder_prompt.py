@@ -118,7 +118,7 @@ def require_prompt(
     map = cm.attention(model, "a b c", language=language)
     assert map.target.ids.tolist() == [prompt]
     map = cm.attention(model, "a b c", decoder_input="a c", language=language)
-    assert map.target.ids[0, : len(prompt) + len(words)].tolist() == [*prompt, *words]
+    assert map.target.ids.tolist() == [[*prompt, *words]]
     found = cm.gradient_x_input(model, "a b c", of="log_prob", language=language)
     best = log_probs(family, ids, prompt)[-1].argmax()
     assert found.provenance.options["target"] == [int(best)]

@@ -192,7 +192,9 @@ def _target(model: Any, tokenizer: Any, text: str) -> tuple[list[int], list[int]
         shifted = [start, *labels[:-1]]
     else:
         shifted = shift(labels=torch.tensor([labels], device="cpu"))[0].tolist()
-    return shifted[: 1 + len(before)], shifted[1 + len(before) :]
+    first = 1 + len(before)
+    # Behind mBART's texts comes an end, too, which is no token of a text that goes on.
+    return shifted[:first], shifted[first : first + len(words)]
 
 
 def _target_language(tokenizer: Any) -> int | None:
