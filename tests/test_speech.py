@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "Wav2Vec2ForCTC",
         {"do_stable_layer_norm": True, "feat_extract_norm": "layer"},
     ),
+    "wav2vec2 with an adapter": ("Wav2Vec2Model", {"add_adapter": True}),
     "HuBERT": ("HubertForCTC", {}),
     "Whisper": ("WhisperForConditionalGeneration", {}),
 }

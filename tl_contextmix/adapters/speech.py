@@ -6,6 +6,7 @@ have one kind of block, whose activations are read at the model's own modules.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -295,8 +296,10 @@ def _heard(host: Unbridged, d_vocab: int, given: Any) -> tuple[Side, dict[str, T
 
 def _frames(model: Any, samples: int) -> int:
     """Returns how many frames a model makes of samples."""
-    count: Callable[[int], Any] = model._get_feat_extract_output_lengths
-    result = int(count(samples))
+    count: Callable[..., Any] = model._get_feat_extract_output_lengths
+    # What blocks see, before an adapter that joins frames.
+    options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
+    result = int(count(samples, **options))
     if result < 1:
         raise InvalidInput(
             "a model of sound cannot hear this",
