@@ -142,6 +142,26 @@ def test_parts_add_up_to_the_model_s_own_states(kind: str, stack: str) -> None:
     assert relative(patterns, torch.stack(own, 1)) < EXACT
 
 
+@pytest.mark.parametrize(("kind", "stack"), EACH)
+def test_why_a_head_looks_there_adds_up_to_its_score(kind: str, stack: str) -> None:
+    hf = model(kind)
+    options = {
+        name: one if name == "stack" else one[:1] for name, one in asked(kind, stack).items()
+    }
+    found = cm.query_contributions(hf, sound(kind)[:1], edge=(1, 1, 3, 2), **options)
+    name = "encoder_attn" if stack == "cross" else "self_attn" if kind == "Whisper" else "attention"
+    attention = getattr(
+        layers_of(hf, "encoder" if stack == "encoder" else "decoder").layers[1], name
+    )
+    seen: list[Tensor] = []
+    for part in (attention.q_proj, attention.k_proj):
+        handle = part.register_forward_hook(lambda module, args, out: seen.append(out))
+        run(hf, kind)
+        handle.remove()
+    query, key = (x[0, at].unflatten(-1, (4, 8))[1] for x, at in zip(seen, (3, 2), strict=True))
+    assert float(found.scores.sum()) == pytest.approx(float(query @ key) * 8**-0.5, abs=1e-9)
+
+
 def test_whisper_s_words_are_explained() -> None:
     hf = model("Whisper")
     scores = cm.log_prob_contributions(hf, features(), target=9, decoder_input=DECODER)
@@ -269,6 +289,8 @@ def test_what_a_model_of_sound_does_not_answer_is_refused_by_name() -> None:
         cm.value_zeroing(hf, features(), attention_mask=torch.ones(3, 12))
     with pytest.raises(cm.InvalidInput, match="cannot hear"):
         cm.value_zeroing(made("HubertModel"), torch.zeros(1, 5))
+    with pytest.raises(cm.UnsupportedModel, match="that predicts tokens: got a WhisperModel"):
+        cm.decoder_lens(hf.model, features())
     wavlm = made("WavLMModel")
     with pytest.raises(cm.UnsupportedModel, match="not a TransformerLens model"):
         cm.value_zeroing(wavlm, sound(""))

@@ -59,7 +59,8 @@ def is_sound(model: object) -> bool:
     """
     family = getattr(getattr(model, "config", None), "model_type", None)
     known = isinstance(model, nn.Module) and not hasattr(model, "original_model")
-    return known and family in _FAMILIES and bool(stacks_of(model))
+    heard = getattr(model, "main_input_name", "") in ("input_features", "input_values")
+    return known and heard and family in _FAMILIES and bool(stacks_of(model))
 
 
 def build_speech(model: Any, weights: Mapping[str, Tensor]) -> tuple[ModelView, IdentityReport]:
@@ -136,6 +137,7 @@ def _block(
             value=point(f".{name}.v_proj", f"{name}.v", "heads out"),
             mixed=point(f".{name}.out_proj", f"{name}.z", "heads in"),
             key=point(f".{name}.k_proj", f"{name}.k", "heads out"),
+            query=point(f".{name}.q_proj", f"{name}.q", "heads out"),
             weights=partial(_attention_weight, host, side, layer, name),
         )
         for name, (kind, _) in _ATTENTIONS.items()
