@@ -211,21 +211,60 @@ def test_a_language_of_the_call_starts_mbarts_decoder(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.once
-def test_m2m100_names_languages_by_codes_that_are_no_tokens(tmp_path: Path) -> None:
+def trained(path: Path, *texts: str) -> list[str]:
+    """Writes a small SentencePiece model, and returns its pieces but the first three."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    from transformers import M2M100Tokenizer
-
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c ab bc cab", "abc cba bac"] * 9),
+        sentence_iterator=iter(texts * 9),
         model_writer=written,
         vocab_size=14,
         minloglevel=9,
+        hard_vocab_limit=False,
     )
-    (tmp_path / "model.spm").write_bytes(written.getvalue())
+    path.write_bytes(written.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
-    words = [pieces.id_to_piece(token) for token in range(3, pieces.get_piece_size())]
+    return [pieces.id_to_piece(token) for token in range(3, pieces.get_piece_size())]
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore:Recommended")
+def test_marian_may_have_a_vocabulary_for_each_side(tmp_path: Path) -> None:
+    from transformers import MarianTokenizer
+
+    for name, text in (("source", "ab abc bca cab aabb"), ("target", "xy xyz zyx yxz xxyy")):
+        words = ["</s>", "<unk>", *trained(tmp_path / f"{name}.spm", text), "<pad>"]
+        vocabulary = {piece: n for n, piece in enumerate(words)}
+        (tmp_path / f"{name}.json").write_text(json.dumps(vocabulary))
+    files = [str(tmp_path / name) for name in ("source.spm", "target.spm", "source.json")]
+    target = str(tmp_path / "target.json")
+    tokenizer = MarianTokenizer(*files, target_vocab_file=target, separate_vocabs=True)
+    sizes = {
+        **zoo_configs.BART_LIKE,
+        "vocab_size": 11,
+        "decoder_vocab_size": 10,
+        "share_encoder_decoder_embeddings": False,
+        "tie_word_embeddings": False,
+        "pad_token_id": 9,
+        "eos_token_id": 0,
+        "decoder_start_token_id": 9,
+    }
+    hf = zoo_build.hugging_face("MarianMTModel", "MarianConfig", sizes, dtype=torch.float64, seed=0)
+    # Read directly, it is tried on ids that both sides have.
+    found = cm.decoder_lens(hf, "ab abc", max_new_tokens=3, tokenizer=tokenizer)
+    assert {*"".join(found.texts[0]).replace(" ", "")} <= {*"xyz"}
+    model = zoo_build.bridge(hf, "bart", dtype=torch.float64, processed=False)
+    model.tokenizer = tokenizer
+    map = cm.attention(model, "ab abc", decoder_input="xy xyz", stack="cross")
+    assert map.source.strings == ((" ab", " ab", "c", "</s>"),)
+    assert map.target.strings == (("<pad>", " xy", " xy", "z"),)
+
+
+@pytest.mark.once
+def test_m2m100_names_languages_by_codes_that_are_no_tokens(tmp_path: Path) -> None:
+    from transformers import M2M100Tokenizer
+
+    words = trained(tmp_path / "model.spm", "a b c ab bc cab", "abc cba bac")
     vocabulary = {piece: n for n, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *words])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     files = [str(tmp_path / name) for name in ("vocab.json", "model.spm")]

@@ -115,6 +115,7 @@ def _unsettled(model: Any, weights: Mapping[str, Tensor]) -> tuple[Unbridged, Mo
         generate=_no_generation,
         hears=partial(_heard, host, d_vocab),
         to_string=to_string,
+        to_source=None,  # frames are named by it, too
     )
 
 

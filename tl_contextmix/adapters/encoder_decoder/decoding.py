@@ -90,7 +90,8 @@ class MemoryDecoder:
     @property
     def d_vocab(self) -> int:
         """Size of the output vocabulary."""
-        return int(self.model.config.vocab_size)
+        config = self.model.config
+        return int(getattr(config, "decoder_vocab_size", None) or config.vocab_size)
 
     def generate(
         self,

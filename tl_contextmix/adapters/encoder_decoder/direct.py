@@ -229,7 +229,8 @@ def _probed(model: Any, found: EncoderDecoder) -> tuple[nn.Module | None, bool]:
     """
     view, encoder = found.view, model.get_encoder()
     assert view is not None
-    ids = (11 + 7 * torch.arange(2 * _PROBE)).view(2, _PROBE) % view.d_vocab
+    d_vocab = min(view.d_vocab, found.decoder.d_vocab)
+    ids = (11 + 7 * torch.arange(2 * _PROBE)).view(2, _PROBE) % d_vocab
     side = Side(ids, torch.ones_like(ids, dtype=torch.bool))
     with without_hooks(model), torch.no_grad():
         last, like = found.states(side)[-1], next(encoder.parameters())

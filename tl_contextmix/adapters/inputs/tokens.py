@@ -496,7 +496,8 @@ def label(view: ModelView, name: str, side: Side) -> Tokens:
     # Copies: the caller may write on what was given, or on a result.
     ids, mask = side.ids.cpu().clone(), side.mask.cpu().clone()
     # Each token is decoded once: long inputs repeat theirs.
-    texts = {token: view.to_string(token) for token in ids.unique().tolist()}
+    show = (name == "encoder" and view.to_source) or view.to_string
+    texts = {token: show(token) for token in ids.unique().tolist()}
     strings = tuple(tuple(texts[token] for token in row) for row in ids.tolist())
     sides, places = ((name, ids.shape[1]),), None
     if side.roles is not None and bool((side.roles == side.roles[0]).all()):
