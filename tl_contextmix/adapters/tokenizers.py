@@ -306,7 +306,7 @@ def make_to_source(handle: Handle) -> Callable[[int], str]:
     """
 
     def to_source(token: int) -> str:
-        tokenizer = getattr(handle.get(), "tokenizer", None)
+        tokenizer: Any = getattr(handle.get(), "tokenizer", None)
         if not getattr(tokenizer, "separate_vocabs", False):
             return piece_of(tokenizer, token)
         if tokenizer not in _SOURCES:

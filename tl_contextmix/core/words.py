@@ -181,7 +181,7 @@ def frames_of(times: object, per_second: int | float, length: int) -> list[tuple
         found = [(round(start * per_second), round(stop * per_second)) for start, stop in pairs]
         fits = per_second > 0 and bool(pairs) and all(0 <= start < stop for start, stop in pairs)
     except (TypeError, ValueError, OverflowError):
-        found, fits = [], False
+        pairs, found, fits = [], [], False
     if not fits:
         raise InvalidInput(
             "these are no times",
