@@ -128,6 +128,18 @@ def test_adapters_in_a_bridge_may_be_switched_off_and_on(module: str) -> None:
             ask(kept)
 
 
+def test_an_adapter_that_is_not_active_is_none() -> None:
+    model, tokens = adapted("llama", "q_proj"), words(6)
+    config = peft.LoraConfig(r=2, target_modules=["v_proj", "o_proj"], init_lora_weights=False)
+    model.add_adapter("other", config)
+    model.double().eval()
+    kept = zoo_build.bridge(model.get_base_model(), "llama", dtype=torch.float64, processed=False)
+    cm.decompx(kept, tokens)
+    model.set_adapter("other")
+    with pytest.raises(cm.UnsupportedModel, match=r"W_[VO].*adapters"):
+        cm.decompx(kept, tokens)
+
+
 @pytest.mark.parametrize(
     ("family", "modules"), [("bart", ("q_proj", "v_proj")), ("t5", ("q", "wo"))]
 )

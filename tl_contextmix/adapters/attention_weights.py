@@ -46,7 +46,11 @@ def unmerged(layer: Any) -> bool:
     """Whether a layer computes with adapters (PEFT) that are not merged into its weight."""
     if not callable(getattr(layer, "get_base_layer", None)):
         return False
-    return not (getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False))
+    if getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False):
+        return False
+    active = getattr(layer, "active_adapters", ())
+    own = getattr(layer, "_get_available_adapters", lambda: active)()
+    return bool({*active} & {*own})  # others may have adapters here that are not active
 
 
 def layer_of(module: nn.Module, name: str) -> nn.Module | None:
