@@ -78,7 +78,7 @@ class MemoryDecoder:
         Keys and values of every decoder layer for encoder and decoder positions, the encoder
         states themselves, and logits in the model's and in single precision.
         """
-        config = self.model.get_decoder().config
+        config = getattr(self.model.get_decoder(), "config", self.model.config)
         layers = _size(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers")
         heads = _size(config, "num_heads", "decoder_attention_heads", "num_attention_heads")
         d_model = _size(config, "d_model", "hidden_size")

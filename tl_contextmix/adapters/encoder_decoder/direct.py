@@ -100,8 +100,7 @@ def from_text(model: Any, tokenizer: Any, language: str | None = None) -> Encode
     """
     require_tokens(model)
     require_no_dropout(model)
-    encoder, decoder_stack = model.get_encoder(), model.get_decoder()
-    require_no_hooks_on([model, encoder])
+    require_no_hooks_on([model, model.get_encoder()])
     settings = model.generation_config
     require_followed(settings, speech=False)
     d_vocab = len(model.get_input_embeddings().weight)
@@ -115,7 +114,7 @@ def from_text(model: Any, tokenizer: Any, language: str | None = None) -> Encode
         start=decoder_prompt(host, language).ids,
         ends=end_tokens(settings),
         pad=settings.pad_token_id or 0,
-        n_ctx=_longest(decoder_stack, "decoder"),
+        n_ctx=_longest(model, "decoder"),
     )
     found = of_view(
         view,
@@ -140,9 +139,10 @@ def _blocks(stack: Any) -> nn.ModuleList | None:
     return next((one for one in found if isinstance(one, nn.ModuleList) and len(one)), None)
 
 
-def _longest(stack: Any, side: str) -> int | None:
-    """Returns the longest text of a stack, or None if unlimited (relative positions)."""
-    found = (getattr(stack.config, name.format(side), None) for name in _LENGTHS)
+def _longest(model: Any, side: str) -> int | None:
+    """Returns the longest text of a side, or None if unlimited (relative positions)."""
+    config = getattr(getattr(model, f"get_{side}")(), "config", model.config)
+    found = (getattr(config, name.format(side), None) for name in _LENGTHS)
     return next((bound for bound in found if isinstance(bound, int)), None)
 
 
@@ -160,7 +160,7 @@ def _view(host: Unbridged) -> ModelView:
         stacks={side: _ends(model, side) for side in ("encoder", "decoder")},
         readout=Readout(None, None, lambda name: None, refusal=refusal),
         final_norms={},
-        n_ctx=_longest(model.get_encoder(), "encoder"),
+        n_ctx=_longest(model, "encoder"),
         limits=(refusal,),
         takes={name: 2 for name in _FURTHER if name in inspect.signature(model.forward).parameters},
         runner=lambda batch, hooks, *rest: _run(host, batch, hooks),
