@@ -99,6 +99,11 @@ def test_what_cannot_be_merged_is_refused() -> None:
         pytest.raises(cm.UnsupportedModel, match="that are disabled.*load the base model"),
     ):
         load(model, "llama")
+    packed = adapted("llama", "q_proj")
+    layer = packed.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer()
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(cm.UnsupportedModel, match="a quantized model.*int8"):
+        load(packed, "llama")
     task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     activated = peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[7], **task)
     with pytest.raises(cm.UnsupportedModel, match="cannot be merged.*aLoRA"):

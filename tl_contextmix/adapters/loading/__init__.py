@@ -39,6 +39,7 @@ from tl_contextmix.adapters.loading.source import (
     official_name,
     read_source,
 )
+from tl_contextmix.adapters.refusals import QUANTIZED, quantized_in
 from tl_contextmix.core.validation import FilePath
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, require_demo_name
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, reason, warn
@@ -182,12 +183,15 @@ def _merged(model: Any) -> Any:
     """Returns a copy of a model with its adapters (PEFT) merged; one without any as it is.
 
     Raises:
-        UnsupportedModel: If it computes without its adapters, or they cannot be merged.
+        UnsupportedModel: If it computes without its adapters, is quantized, or they cannot be
+            merged.
     """
     wrapped = hasattr(model, "merge_and_unload")
     # transformers itself puts adapters into a model (`add_adapter`, or the folder of an adapter).
     if not wrapped and not getattr(model, "_hf_peft_config_loaded", False):
         return model
+    if packed := quantized_in(model):
+        raise QUANTIZED.error(packed)
     # PEFT would merge those that are off, too.
     if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
         raise UnsupportedModel(
