@@ -181,7 +181,8 @@ def _target(model: Any, tokenizer: Any, text: str) -> tuple[list[int], list[int]
         before, words, after = in_frame(tokenizer, text_target=text)
     start = decoder_start(model)
     # Whisper's tokenizer begins with the start token itself.
-    before = before[1:] if before[:1] == [start] else before
+    own = [*(getattr(tokenizer, "prefix_tokens", None) or ())]
+    before = before[1:] if before[:1] == own[:1] == [start] else before
     # The last one is dropped, so there is one to drop.
     labels = [*before, *words, *(after or [start])]
     # A bridge's model does it the way of its family: mBART moves the
