@@ -155,6 +155,15 @@ def test_neurons_are_numbered_by_layer(capsys):
     assert "is not of the form N.N" in run(capsys, *asked[:4], "2.x")[2]
 
 
+def test_the_decoder_lens_scores_the_words_it_is_given(capsys):
+    model, text = "encoder-decoder", "the bat burned ."
+    asked = ("decoder-lens", model, text, "--mode", "scores", "--target", "la", "--target", "les")
+    rows = pandas.DataFrame(json.loads(run(capsys, *asked, "--json")[1])["rows"])
+    found = cm.decoder_lens(cm.load_demo(model), text, mode="scores", target=["la", "les"])
+    assert rows.log_prob.tolist() == pytest.approx(found.log_probs.flatten().tolist(), abs=1e-5)
+    assert "--task" not in run(capsys, "decoder-lens", "--help")[1]  # which is of sound
+
+
 def test_precision_and_device_are_those_asked_for(capsys):
     asked = ("attention-norms", "causal-lm", TEXT, "--json", "--layer", "0")
     single, double = (

@@ -188,6 +188,13 @@ def test_hooks_take_part_and_what_does_not_fit_is_refused() -> None:
     for maps in (cm.attention_norms, cm.check):
         with pytest.raises(cm.UnsupportedModel, match="not a TransformerLens model"):
             maps(t5, *([words(7)] if maps is cm.attention_norms else []))
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 32)
+    sizes |= {"src_vocab_size": 61, "tgt_vocab_size": 61, "encoder_layers": 1, "decoder_layers": 1}
+    sizes |= {"langs": ["en", "de"], "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    names = ("FSMTForConditionalGeneration", "FSMTConfig")
+    turned = zoo_build.hugging_face(*names, sizes, dtype=torch.float32, seed=0)
+    with pytest.raises(cm.UnsupportedModel, match="cannot run the decoder of a FSMT"):
+        cm.decoder_lens(turned, words(7))
     long = torch.full((1, 65), 7)
     with pytest.raises(cm.InvalidInput, match="at most 64"):
         cm.decoder_lens(model("PegasusX"), long, mode="scores", target=[7])

@@ -189,7 +189,7 @@ ANSWERS: list[tuple[str, dict[str, Any], str]] = [
     ("metrics", {"metric": 5}, "no such metric"),
     ("metrics", {"metric": []}, "no such metric"),
     ("metrics", {"metric": nothing}, "gave no number"),
-    ("metrics", {"metric": "BLUE"}, "no such metric"),
+    ("metrics", {"metric": "BLUE"}, "no such metric.*MRR"),
     ("metrics", {"reference": ["a"]}, "1 references"),
     ("metrics", {"reference": ["a", " ", "c"]}, "a word in it"),
     ("metrics", {"categories": ["x"]}, "categories do not fit"),

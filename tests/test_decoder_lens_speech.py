@@ -73,6 +73,9 @@ def test_its_own_output_is_judged_and_tokens_are_scored() -> None:
     with torch.no_grad():
         expected = short(features(), decoder_input_ids=torch.full((3, 1), 1)).logits[:, 0, [7, 9]]
     torch.testing.assert_close(scores.logits[:, 1], expected)
+    # What a feature extractor returns; a mask over features is of no use to Whisper's encoder.
+    given: Any = {"input_features": [*features().numpy()], "attention_mask": torch.zeros(3, 24)}
+    assert scores.equals(cm.decoder_lens(model, given, mode="scores", target=[7, 9]))
     bare = cm.decoder_lens(model, features(), mode="scores", target=[7, 9], final_norm=False)
     assert bool((bare.logits != scores.logits).all()), "Whisper's encoder has a final norm"
 

@@ -118,7 +118,7 @@ def require_prompt(
     map = cm.attention(model, "a b c", language=language)
     assert map.target.ids.tolist() == [prompt]
     map = cm.attention(model, "a b c", decoder_input="a c", language=language)
-    assert map.target.ids[0, : len(prompt) + len(words)].tolist() == [*prompt, *words]
+    assert map.target.ids.tolist() == [[*prompt, *words]]
     found = cm.gradient_x_input(model, "a b c", of="log_prob", language=language)
     best = log_probs(family, ids, prompt)[-1].argmax()
     assert found.provenance.options["target"] == [int(best)]
@@ -211,21 +211,60 @@ def test_a_language_of_the_call_starts_mbarts_decoder(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.once
-def test_m2m100_names_languages_by_codes_that_are_no_tokens(tmp_path: Path) -> None:
+def trained(path: Path, *texts: str) -> list[str]:
+    """Writes a small SentencePiece model, and returns its pieces but the first three."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    from transformers import M2M100Tokenizer
-
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c ab bc cab", "abc cba bac"] * 9),
+        sentence_iterator=iter(texts * 9),
         model_writer=written,
         vocab_size=14,
         minloglevel=9,
+        hard_vocab_limit=False,
     )
-    (tmp_path / "model.spm").write_bytes(written.getvalue())
+    path.write_bytes(written.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
-    words = [pieces.id_to_piece(token) for token in range(3, pieces.get_piece_size())]
+    return [pieces.id_to_piece(token) for token in range(3, pieces.get_piece_size())]
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore:Recommended")
+def test_marian_may_have_a_vocabulary_for_each_side(tmp_path: Path) -> None:
+    from transformers import MarianTokenizer
+
+    for name, text in (("source", "ab abc bca cab aabb"), ("target", "xy xyz zyx yxz xxyy")):
+        words = ["</s>", "<unk>", *trained(tmp_path / f"{name}.spm", text), "<pad>"]
+        vocabulary = {piece: n for n, piece in enumerate(words)}
+        (tmp_path / f"{name}.json").write_text(json.dumps(vocabulary))
+    files = [str(tmp_path / name) for name in ("source.spm", "target.spm", "source.json")]
+    target = str(tmp_path / "target.json")
+    tokenizer = MarianTokenizer(*files, target_vocab_file=target, separate_vocabs=True)
+    sizes = {
+        **zoo_configs.BART_LIKE,
+        "vocab_size": 11,
+        "decoder_vocab_size": 10,
+        "share_encoder_decoder_embeddings": False,
+        "tie_word_embeddings": False,
+        "pad_token_id": 9,
+        "eos_token_id": 0,
+        "decoder_start_token_id": 9,
+    }
+    hf = zoo_build.hugging_face("MarianMTModel", "MarianConfig", sizes, dtype=torch.float64, seed=0)
+    # Read directly, it is tried on ids that both sides have.
+    found = cm.decoder_lens(hf, "ab abc", max_new_tokens=3, tokenizer=tokenizer)
+    assert {*"".join(found.texts[0]).replace(" ", "")} <= {*"xyz"}
+    model = zoo_build.bridge(hf, "bart", dtype=torch.float64, processed=False)
+    model.tokenizer = tokenizer
+    map = cm.attention(model, "ab abc", decoder_input="xy xyz", stack="cross")
+    assert map.source.strings == ((" ab", " ab", "c", "</s>"),)
+    assert map.target.strings == (("<pad>", " xy", " xy", "z"),)
+
+
+@pytest.mark.once
+def test_m2m100_names_languages_by_codes_that_are_no_tokens(tmp_path: Path) -> None:
+    from transformers import M2M100Tokenizer
+
+    words = trained(tmp_path / "model.spm", "a b c ab bc cab", "abc cba bac")
     vocabulary = {piece: n for n, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *words])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     files = [str(tmp_path / name) for name in ("vocab.json", "model.spm")]
@@ -419,9 +458,12 @@ class Words:
     prefix_tokens = (START, ENGLISH, TRANSCRIBE, PLAIN)
     all_special_ids = (START, 2, *LANGUAGE_IDS.values(), *TASKS.values(), PLAIN)
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(
+        self, text: str = "", *, text_target: str = "", add_special_tokens: bool = True
+    ) -> dict[str, list[int]]:
         """Returns letters as ids."""
-        words = [5 + ord(letter) - ord("a") for letter in text.replace(" ", "")]
+        letters = (text or text_target).replace(" ", "")
+        words = [5 + ord(letter) - ord("a") for letter in letters]
         return {"input_ids": [*self.prefix_tokens, *words, 2] if add_special_tokens else words}
 
     def decode(self, ids: Any, **options: Any) -> str:
@@ -455,6 +497,10 @@ def test_text_follows_whispers_prompt() -> None:
     torch.testing.assert_close(scores.log_probs[0, -1], right[0, -1, [8]])
     torch.testing.assert_close(scores.log_probs[1, -1], right[1, -2, [8]])
     torch.testing.assert_close(by_ids.log_probs[:, -1], first[:, -1].log_softmax(-1)[:, [8]])
+    # Maps begin with what the tokenizer puts before a text, and that with the start token.
+    model.tokenizer = Words()
+    found = cm.attention(model, features(), decoder_input=["ab", "ab"])
+    assert found.target.ids.tolist() == [[*Words.prefix_tokens, 5, 6]] * 2
 
 
 @pytest.mark.once

@@ -288,6 +288,27 @@ def test_sentences_end_where_they_end() -> None:
         assert [one for one in expected if one not in found] == [], found
 
 
+@pytest.mark.newest
+def test_settings_of_the_model_are_followed_or_refused_when_it_generates() -> None:
+    model = cm.load_demo("causal-lm")
+    settings = model.original_model.generation_config
+
+    def said(**changed: Any) -> list[str]:
+        settings.update(**changed)
+        found = cm.attention(model, "the capital of france", generate=4)
+        settings.update(**dict.fromkeys(changed))
+        return [word.strip() for word in found.source.strings[0][5:]]
+
+    assert said() == ["is", "paris", ".", "<|endoftext|>"]
+    assert said(stop_strings=["paris"]) == ["is", "paris"]
+    assert said(do_sample=True, num_return_sequences=3) == said()
+    # Longer than what is generated, which ends no sooner; nothing warns of it.
+    assert said(min_length=50)[:3] == said(min_new_tokens=50)[:3] == said()[:3]
+    assert "<|endoftext|>" not in said(min_length=50) + said(min_new_tokens=50)
+    with pytest.raises(cm.UnsupportedModel, match="by its own settings.*or pass the answer"):
+        said(dola_layers="high")
+
+
 def test_a_rollout_is_taken_to_what_was_said() -> None:
     model = cm.load_demo("causal-lm")
     said = cm.alti(model, TEXT, generate=4)

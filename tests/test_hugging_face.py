@@ -277,11 +277,12 @@ def test_what_cannot_be_wrapped_is_refused_by_name() -> None:
         cm.load_model(zoo.hf_model("gpt2"))
     with pytest.raises(cm.InvalidInput, match=r"a tokenizer is of no use"):
         cm.load_model("causal-lm", tokenizer=tokenizer)
-    packed = zoo.hf_model("llama", dtype=torch.float32)
-    layer = packed.model.layers[0].mlp.up_proj
-    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(cm.UnsupportedModel, match=r"a quantized model.*int8"):
-        cm.load_model(packed, tokenizer=zoo_build.load_tokenizer("llama"))
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        packed = zoo.hf_model("llama", dtype=torch.float32)
+        layer = packed.model.layers[0].mlp.up_proj
+        layer.weight = torch.nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+        with pytest.raises(cm.UnsupportedModel, match=f"a quantized model.*{dtype}"):
+            cm.load_model(packed, tokenizer=zoo_build.load_tokenizer("llama"))
 
 
 def test_an_unknown_architecture_is_one_line(tmp_path: Any) -> None:

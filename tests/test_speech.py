@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "Wav2Vec2ForCTC",
         {"do_stable_layer_norm": True, "feat_extract_norm": "layer"},
     ),
+    "wav2vec2 with an adapter": ("Wav2Vec2Model", {"add_adapter": True}),
     "HuBERT": ("HubertForCTC", {}),
     "Whisper": ("WhisperForConditionalGeneration", {}),
 }
@@ -141,6 +142,26 @@ def test_parts_add_up_to_the_model_s_own_states(kind: str, stack: str) -> None:
     assert relative(patterns, torch.stack(own, 1)) < EXACT
 
 
+@pytest.mark.parametrize(("kind", "stack"), EACH)
+def test_why_a_head_looks_there_adds_up_to_its_score(kind: str, stack: str) -> None:
+    hf = model(kind)
+    options = {
+        name: one if name == "stack" else one[:1] for name, one in asked(kind, stack).items()
+    }
+    found = cm.query_contributions(hf, sound(kind)[:1], edge=(1, 1, 3, 2), **options)
+    name = "encoder_attn" if stack == "cross" else "self_attn" if kind == "Whisper" else "attention"
+    attention = getattr(
+        layers_of(hf, "encoder" if stack == "encoder" else "decoder").layers[1], name
+    )
+    seen: list[Tensor] = []
+    for part in (attention.q_proj, attention.k_proj):
+        handle = part.register_forward_hook(lambda module, args, out: seen.append(out))
+        run(hf, kind)
+        handle.remove()
+    query, key = (x[0, at].unflatten(-1, (4, 8))[1] for x, at in zip(seen, (3, 2), strict=True))
+    assert float(found.scores.sum()) == pytest.approx(float(query @ key) * 8**-0.5, abs=1e-9)
+
+
 def test_whisper_s_words_are_explained() -> None:
     hf = model("Whisper")
     scores = cm.log_prob_contributions(hf, features(), target=9, decoder_input=DECODER)
@@ -238,6 +259,12 @@ def test_frames_are_joined_to_words_by_their_times() -> None:
             ask(found, wrong, per_second=50)
     with pytest.raises(cm.InvalidInput, match="no times"):
         found.words(times, per_second=0.0)
+    # Of 0.17 seconds the convolutions make no frame of the end.
+    whole = found.words([(0.0, 0.1), (0.1, 0.17)], per_second=50)
+    assert torch.equal(whole.scores, found.words([(0, 5), (5, 8)]).scores)
+    for beyond in [(0.1, 0.2), (0.16, 0.18)]:
+        with pytest.raises(cm.InvalidInput, match="beyond the sound.*up to 0.16 seconds"):
+            found.words([beyond], per_second=50)
 
 
 def test_what_a_model_of_sound_does_not_answer_is_refused_by_name() -> None:
@@ -262,9 +289,14 @@ def test_what_a_model_of_sound_does_not_answer_is_refused_by_name() -> None:
         cm.value_zeroing(hf, features(), attention_mask=torch.ones(3, 12))
     with pytest.raises(cm.InvalidInput, match="cannot hear"):
         cm.value_zeroing(made("HubertModel"), torch.zeros(1, 5))
+    with pytest.raises(cm.UnsupportedModel, match="that predicts tokens: got a WhisperModel"):
+        cm.decoder_lens(hf.model, features())
     wavlm = made("WavLMModel")
     with pytest.raises(cm.UnsupportedModel, match="not a TransformerLens model"):
         cm.value_zeroing(wavlm, sound(""))
+    padded = {"input_values": sound(""), "attention_mask": torch.tensor([[1] * 9 + [0]] * 3)}
+    with pytest.raises(cm.InvalidInput, match="got 3 of 3 with zeros in attention_mask"):
+        cm.value_zeroing(made("HubertModel"), padded)
     handle = hf.get_encoder().layers[0].register_forward_hook(lambda module, args, out: out)
     with pytest.raises(cm.UnsupportedModel, match="hooks on a Hugging Face model"):
         cm.value_zeroing(hf, features())
@@ -277,7 +309,7 @@ def test_a_view_keeps_no_model_alive_and_sees_changed_weights() -> None:
     hf = made("HubertModel")
     before = cm.value_zeroing(hf, sound(""))
     assert isinstance(before, ContextMap)
-    again = {"input_values": sound("")}
+    again = {"input_values": [*sound("").numpy()]}
     assert torch.equal(cm.value_zeroing(hf, again).scores, before.scores)
     assert (
         before.provenance.options["input_values"]

@@ -37,17 +37,34 @@ def _is_adapter(module: nn.Module | None) -> bool:
     return callable(getattr(layer, "get_base_layer", None))
 
 
-def adapted(module: nn.Module, name: str) -> bool:
+def adapted(held: nn.Module | None) -> bool:
+    """Whether the layer in a bridge's is `unmerged`."""
+    return unmerged(getattr(held, "original_component", None))
+
+
+def unmerged(layer: Any) -> bool:
     """Whether a layer computes with adapters (PEFT) that are not merged into its weight."""
-    held = module._modules.get(_LAYERS.get(name, ""))
-    if not _is_adapter(held):
+    if not callable(getattr(layer, "get_base_layer", None)):
         return False
-    layer: Any = getattr(held, "original_component", None)
-    return not (getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False))
+    if getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False):
+        return False
+    active = getattr(layer, "active_adapters", ())
+    own = getattr(layer, "_get_available_adapters", lambda: active)()
+    return bool({*active} & {*own})  # others may have adapters here that are not active
+
+
+def layer_of(module: nn.Module, name: str) -> nn.Module | None:
+    """Returns the layer of a module that has a weight; None where it is the module's own."""
+    return module._modules.get(_LAYERS.get(name, ""))
 
 
 def special_weight(module: nn.Module, name: str, heads: int) -> Tensor | None:
-    """Returns a weight of an attention module; None where the bridge itself shows it."""
+    """Returns a weight of an attention module; None where the bridge itself shows it rightly."""
+    if name == "W_O" and _is_adapter(held := layer_of(module, name)):
+        layer: Any = getattr(held, "original_component", None)
+        if isinstance(base := layer.get_base_layer(), nn.Linear):
+            # A bridge takes a square one for transposed.
+            return base.weight.T.unflatten(0, (heads, -1))
     if name == "W_O" and borrows(module):
         return _own_width(module, name, heads)
     if "v_norm" in module._modules and name in ("W_Q", "W_K", "W_V", "W_O"):

@@ -179,8 +179,11 @@ def _target(model: Any, tokenizer: Any, text: str) -> tuple[list[int], list[int]
     # Marian has a vocabulary of its own for the target language.
     with target_mode(tokenizer):
         before, words, after = in_frame(tokenizer, text_target=text)
-    # The last one is dropped, so there is one to drop.
     start = decoder_start(model)
+    # Whisper's tokenizer begins with the start token itself.
+    own = [*(getattr(tokenizer, "prefix_tokens", None) or ())]
+    before = before[1:] if before[:1] == own[:1] == [start] else before
+    # The last one is dropped, so there is one to drop.
     labels = [*before, *words, *(after or [start])]
     # A bridge's model does it the way of its family: mBART moves the
     # language code from the end to the front.
@@ -190,7 +193,9 @@ def _target(model: Any, tokenizer: Any, text: str) -> tuple[list[int], list[int]
         shifted = [start, *labels[:-1]]
     else:
         shifted = shift(labels=torch.tensor([labels], device="cpu"))[0].tolist()
-    return shifted[: 1 + len(before)], shifted[1 + len(before) :]
+    first = 1 + len(before)
+    # Behind mBART's texts comes an end, too, which is no token of a text that goes on.
+    return shifted[:first], shifted[first : first + len(words)]
 
 
 def _target_language(tokenizer: Any) -> int | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.running import lock_of
 from tl_contextmix.core.blocks import Batch
+from tl_contextmix.errors import UnsupportedModel, reason
 
 Generate = Callable[[Batch, int], list[list[int]]]
 
@@ -31,7 +32,7 @@ def make_generate(handle: Handle) -> Generate:
         alone = [batch.each(lambda tensor, row=row: tensor[row : row + 1]) for row in rows]
         with torch.no_grad(), lock_of(model):
             if hasattr(original, "generate"):
-                return [_by_hugging_face(original, one, count, handle.device) for one in alone]
+                return [_by_hugging_face(model, one, count, handle.device) for one in alone]
             return [_greedy(model, one, count, handle.device) for one in alone]
 
     return generate
@@ -48,20 +49,35 @@ def _sides(batch: Batch, device: torch.device) -> list[Tensor]:
     return [side.ids[:, side.mask[0]].to(device) for side in sides if side is not None]
 
 
-def _by_hugging_face(original: Any, batch: Batch, count: int, device: torch.device) -> list[int]:
+def _by_hugging_face(model: Any, batch: Batch, count: int, device: torch.device) -> list[int]:
     text, *decoder_ids = _sides(batch, device)
+    prompt, original = (decoder_ids or [text])[0], model.original_model
     settings = copy.deepcopy(original.generation_config)
     settings.do_sample, settings.max_new_tokens = False, count
     settings.temperature, settings.top_p, settings.top_k = 1.0, 1.0, 50  # else it warns of them
-    settings.max_length = settings.min_length = settings.min_new_tokens = None
+    settings.max_length, settings.num_return_sequences = None, 1
+    # Up to where it generates: it warns of lengths that it will not reach.
+    settings.min_length = min(settings.min_length or 0, prompt.shape[1] + count)
+    if settings.min_new_tokens is not None:
+        settings.min_new_tokens = min(settings.min_new_tokens, count)
     settings.return_dict_in_generate = False
-    given = {"attention_mask": torch.ones_like(text)}
+    given: dict[str, Any] = {"attention_mask": torch.ones_like(text)}
     for name, value in batch.further.items():
         given[name] = value[:, batch.main.mask[0]].to(device)
     if decoder_ids:
-        given["decoder_input_ids"] = decoder_ids[0]
-    found = original.generate(text, generation_config=settings, **given)
-    return found[0, (decoder_ids or [text])[0].shape[1] :].tolist()
+        given["decoder_input_ids"] = prompt
+    if settings.stop_strings:
+        given["tokenizer"] = getattr(model, "tokenizer", None)
+    try:
+        found = original.generate(text, generation_config=settings, **given)
+    except ValueError as error:
+        raise UnsupportedModel(
+            "the model does not generate by its own settings",
+            reason(error),
+            "settings of greedy decoding or beam search",
+            "Reset them in model.original_model.generation_config, or pass the answer as target=.",
+        ) from error
+    return found[0, prompt.shape[1] :].tolist()
 
 
 def _greedy(model: Any, batch: Batch, count: int, device: torch.device) -> list[int]:

@@ -15,6 +15,7 @@ from tl_contextmix.adapters.attention_weights import (
     adapted,
     has_adapters,
     is_special,
+    layer_of,
     special_weight,
 )
 from tl_contextmix.adapters.recognition import Host
@@ -89,9 +90,9 @@ class Handle:
                 module = self.get().get_submodule(path)
             attribute = renamed.get(name, name)
             weight = None
-            if adapters and adapted(module, name):
-                raise _adapters_apart(path, name)
-            if special:
+            if adapters and adapted(layer_of(module, name)):
+                raise adapters_apart(f"the weight {name} of {path}")
+            if special or adapters:
                 weight = special_weight(module, name, int(self.get().cfg.n_heads))
             if weight is None and attribute is not None:
                 weight = attribute_of(module, attribute)
@@ -107,13 +108,19 @@ class Handle:
         return read
 
 
-def _adapters_apart(path: str, name: str) -> UnsupportedModel:
+MERGE = (
+    "Call merge_and_unload() first, or pass the PEFT model itself to load_model, which merges them "
+    "in a copy (models of text)."
+)
+
+
+def adapters_apart(weight: str) -> UnsupportedModel:
+    """Returns the refusal of a weight beside which a layer has adapters (PEFT)."""
     return UnsupportedModel(
-        f"the weight {name} of {path} is not what it computes with",
+        f"{weight} is not what it computes with",
         "adapters beside it that are not merged (PEFT)",
         "one matrix",
-        "Pass the PEFT model itself to load_model, which merges them in a copy, or call "
-        "merge_and_unload() before wrapping it.",
+        MERGE,
     )
 
 

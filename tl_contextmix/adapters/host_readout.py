@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from tl_contextmix.adapters.handles import Handle
+from tl_contextmix.adapters.attention_weights import adapted
+from tl_contextmix.adapters.handles import Handle, adapters_apart
 from tl_contextmix.adapters.norm_reading import final_norm_modules, read_norm
 from tl_contextmix.core.blocks import Weights, affine
 from tl_contextmix.core.model_view import Readout
@@ -18,7 +19,7 @@ from tl_contextmix.errors import four_parts
 def read_readout(handle: Handle, architecture: str) -> Readout:
     """Returns the readout of a model; the identity check says whether it is right."""
     model = handle.get()
-    refusal = _headless(model, architecture)
+    refusal = _headless(model, architecture) or _adapted(model)
     if refusal:
         return Readout(norm=None, head=None, weights=lambda name: None, refusal=refusal)
     dense = _dense_head(handle)
@@ -46,6 +47,13 @@ def _headless(model: Any, architecture: str) -> str:
         "a model with a trained head, for example BertForMaskedLM",
         "Maps of its layers are fine; for predictions load a checkpoint that has the head.",
     )
+
+
+def _adapted(model: Any) -> str:
+    """Returns why an unembedding with adapters is not read."""
+    if not adapted(model._modules.get("unembed")):
+        return ""
+    return f"{adapters_apart('the weight W_U of unembed')} Maps of its layers are fine."
 
 
 def _unembed_weights(handle: Handle) -> Weights:

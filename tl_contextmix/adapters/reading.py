@@ -16,9 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tl_contextmix.adapters.attention_weights import borrows, compression, is_latent, latent_scales
+from tl_contextmix.adapters.attention_weights import (
+    adapted,
+    borrows,
+    compression,
+    is_latent,
+    latent_scales,
+)
 from tl_contextmix.adapters.expert_reading import has_experts, read_experts
-from tl_contextmix.adapters.handles import Handle, attribute_of
+from tl_contextmix.adapters.handles import MERGE, Handle, attribute_of
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.norm_reading import block_norms, read_head_norm, read_norm
 from tl_contextmix.adapters.per_layer_embeddings import with_ending
@@ -418,7 +424,10 @@ def _opaque(
     def module(x: Tensor) -> Tensor:
         return call(here, x) + call(added_path, x) if added_path else call(here, x)
 
-    kind = type(handle.get().get_submodule(here)).__name__
+    held = handle.get().get_submodule(here)
+    kind, merge = type(held).__name__, ""
+    if any(map(adapted, held._modules.values())):
+        kind, merge = f"{kind} with adapters that are not merged (PEFT)", f"{MERGE} "
     out = written or (f"{here}.hook_out" if handle.bridge else f"{path}.hook_mlp_out")
     return OpaqueFeedForward(
         pre=out,
@@ -429,7 +438,7 @@ def _opaque(
             "the feed-forward block is not taken apart into neurons",
             f"a {kind} at {here}",
             "one dense feed-forward layer, with W_in and W_out",
-            "Ask for 'attn_out', 'resid_mid' or 'mlp_in'; Value Zeroing, gradients and "
+            f"{merge}Ask for 'attn_out', 'resid_mid' or 'mlp_in'; Value Zeroing, gradients and "
             "log_prob_contributions by layer, head or position do not need the neurons either.",
         ),
         # What hooks make of its output is what it puts out.

@@ -169,12 +169,22 @@ def token_embedding(model: Any) -> Any:
     return model.W_E if sides is None else sides.original_component.weight
 
 
-def require_no_images(model: Any) -> None:
-    """Checks that a Hugging Face model does not read images alone (ViT).
+def require_tokens(model: Any) -> None:
+    """Checks that a Hugging Face model reads the tokens of a text and no others.
 
     Raises:
-        UnsupportedModel: If it does.
+        UnsupportedModel: If it reads images alone (ViT), or trained vectors before the text (prompt
+            and prefix tuning of PEFT).
     """
+    adapters = getattr(model, "active_peft_config", None)
+    kinds = ("is_prompt_learning", "is_adaption_prompt")
+    if any(getattr(adapters, kind, False) for kind in kinds):
+        raise UnsupportedModel(
+            "trained prompts and prefixes are not supported: they are no tokens of a text",
+            f"a {type(model).__name__} with virtual tokens",
+            "adapters that change weights (LoRA, IA3), which load_model merges",
+            "Ask about the base model.",
+        )
     if getattr(model, "main_input_name", None) == "pixel_values":
         raise UnsupportedModel(
             "models of images are not supported: their positions are no tokens of a text",
@@ -194,13 +204,15 @@ def recognise(model: Any) -> Facts:
     host = next((name for name in get_args(Host) if name in mro), None)
     known = isinstance(model, nn.Module) and next(model.parameters(), None) is not None
     if not known or host is None:
-        require_no_images(model)
+        require_tokens(model)
+        remedy = "or wrap a Hugging Face model in a TransformerBridge"
+        if hasattr(model, "merge_and_unload"):
+            remedy = "or load_model(model), which merges the adapters; of sound, merge_and_unload()"
         raise UnsupportedModel(
             "not a TransformerLens model with weights",
             f"a {type(model).__module__}.{type(model).__name__}",
             "a HookedTransformer, HookedEncoder, HookedEncoderDecoder or TransformerBridge",
-            "Use tl_contextmix.load_model(name), or wrap a Hugging Face model in a "
-            "TransformerBridge.",
+            f"Use tl_contextmix.load_model(name), {remedy}.",
         )
     cfg = model.cfg
     architecture = getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", "")

@@ -82,7 +82,8 @@ def _packed(module: nn.Module) -> str | None:
         for own, weight in table.items():
             if weight is None:
                 continue
-            packed = weight.dtype in _PACKED and "weight" in own
+            narrow = weight.dtype.itemsize == 1 and weight.dtype != torch.bool
+            packed = (narrow or weight.dtype == torch.int32) and "weight" in own
             if packed or type(weight).__module__.startswith("torchao"):
                 return f"{own} of {weight.dtype} in a "
     return None
@@ -96,9 +97,9 @@ def _quantizes(kind: type) -> bool:
 # Libraries that quantize, and their layers, as their modules' paths and names have them.
 _QUANTIZERS = (
     *("quantized", "bitsandbytes", "linear4bit", "linear8bit", "quantlinear", "gptq", "awq"),
-    *("hqq", "quanto", "aqlm", "eetq", "torchao", "compressed_tensors"),
+    *("hqq", "quanto", "aqlm", "eetq", "torchao", "compressed_tensors", "fp8", "fp4", "bitlinear"),
+    *("higgs", "vptq", "metallinear"),
 )
-_PACKED = (torch.int8, torch.uint8, torch.int32, torch.qint8, torch.quint8)
 
 
 def _no_tokens(facts: Facts) -> str:

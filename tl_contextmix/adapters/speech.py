@@ -6,6 +6,7 @@ have one kind of block, whose activations are read at the model's own modules.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.handles import Handle
+from tl_contextmix.adapters.attention_weights import unmerged
+from tl_contextmix.adapters.handles import Handle, adapters_apart
 from tl_contextmix.adapters.inputs.activation_cache import describe
+from tl_contextmix.adapters.inputs.tokens import sound_of
 from tl_contextmix.adapters.running import without_hooks
 from tl_contextmix.adapters.speech_passes import head_of, refused, run_speech, stacks_of
 from tl_contextmix.adapters.tokenizers import make_to_string
@@ -56,7 +59,8 @@ def is_sound(model: object) -> bool:
     """
     family = getattr(getattr(model, "config", None), "model_type", None)
     known = isinstance(model, nn.Module) and not hasattr(model, "original_model")
-    return known and family in _FAMILIES and bool(stacks_of(model))
+    heard = getattr(model, "main_input_name", "") in ("input_features", "input_values")
+    return known and heard and family in _FAMILIES and bool(stacks_of(model))
 
 
 def build_speech(model: Any, weights: Mapping[str, Tensor]) -> tuple[ModelView, IdentityReport]:
@@ -111,6 +115,7 @@ def _unsettled(model: Any, weights: Mapping[str, Tensor]) -> tuple[Unbridged, Mo
         generate=_no_generation,
         hears=partial(_heard, host, d_vocab),
         to_string=to_string,
+        to_source=None,  # frames are named by it, too
     )
 
 
@@ -133,6 +138,7 @@ def _block(
             value=point(f".{name}.v_proj", f"{name}.v", "heads out"),
             mixed=point(f".{name}.out_proj", f"{name}.z", "heads in"),
             key=point(f".{name}.k_proj", f"{name}.k", "heads out"),
+            query=point(f".{name}.q_proj", f"{name}.q", "heads out"),
             weights=partial(_attention_weight, host, side, layer, name),
         )
         for name, (kind, _) in _ATTENTIONS.items()
@@ -169,7 +175,7 @@ def _attention_weight(
     if projection is None:
         return None
     module = getattr(stacks_of(host.original_model)[side].layers[layer], name)
-    linear = getattr(module, projection)
+    linear = _plain(getattr(module, projection), f"{side}.{layer}.{name}.{projection}")
     found = linear.weight if kind == "W" else linear.bias
     if found is None:
         return None
@@ -188,8 +194,16 @@ def _neuron_weight(
     if leaf not in ("in", "out"):
         return None
     block = stacks_of(host.original_model)[side].layers[layer]
-    linear = block.get_submodule(pair[leaf == "out"])
+    path = pair[leaf == "out"]
+    linear = _plain(block.get_submodule(path), f"{side}.{layer}.{path}")
     return host.handle.ready(linear.weight.T if kind == "W" else linear.bias)
+
+
+def _plain(linear: Any, path: str) -> Any:
+    """Returns a linear layer, whose weight is what it computes with."""
+    if unmerged(linear):
+        raise adapters_apart(f"the weight of {path}")
+    return linear
 
 
 def _norm(module: Any, dtype: torch.dtype) -> Norm:
@@ -239,7 +253,7 @@ def _readout(host: Unbridged) -> Readout:
         return Readout(None, None, lambda name: None, refusal=refusal)
 
     def read(name: str) -> Tensor | None:
-        head = head_of(host.original_model)
+        head = _plain(head_of(host.original_model), "the readout")
         weight = handle.ready(head.weight)
         if name == "W_U":
             return weight.T
@@ -263,8 +277,7 @@ def _heard(host: Unbridged, d_vocab: int, given: Any) -> tuple[Side, dict[str, T
     """
     model = host.original_model
     name, config = model.main_input_name, model.config
-    if isinstance(given, Mapping) and name in given:
-        given = given[name]
+    given = sound_of(given, name)
     bins = getattr(config, "num_mel_bins", None) if name == "input_features" else None
     length = None if bins is None else 2 * config.max_source_positions
     sound = given if isinstance(given, Tensor) and given.is_floating_point() else torch.empty(0)
@@ -286,8 +299,10 @@ def _heard(host: Unbridged, d_vocab: int, given: Any) -> tuple[Side, dict[str, T
 
 def _frames(model: Any, samples: int) -> int:
     """Returns how many frames a model makes of samples."""
-    count: Callable[[int], Any] = model._get_feat_extract_output_lengths
-    result = int(count(samples))
+    count: Callable[..., Any] = model._get_feat_extract_output_lengths
+    # What blocks see, before an adapter that joins frames.
+    options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
+    result = int(count(samples, **options))
     if result < 1:
         raise InvalidInput(
             "a model of sound cannot hear this",

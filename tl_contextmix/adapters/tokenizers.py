@@ -299,6 +299,26 @@ def make_to_string(handle: Handle) -> Callable[[int], str]:
     return lambda token: piece_of(getattr(handle.get(), "tokenizer", None), token)
 
 
+def make_to_source(handle: Handle) -> Callable[[int], str]:
+    """Returns the function that shows one token id of a text that an encoder-decoder reads.
+
+    Marian may have a vocabulary for the source and one for the target, and decodes by the latter.
+    """
+
+    def to_source(token: int) -> str:
+        tokenizer: Any = getattr(handle.get(), "tokenizer", None)
+        if not getattr(tokenizer, "separate_vocabs", False):
+            return piece_of(tokenizer, token)
+        if tokenizer not in _SOURCES:
+            _SOURCES[tokenizer] = {number: piece for piece, number in tokenizer.encoder.items()}
+        return _SOURCES[tokenizer].get(token, f"[{token}]").replace("\u2581", " ")
+
+    return to_source
+
+
+_SOURCES: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionary()
+
+
 def piece_of(tokenizer: Any, token: int) -> str:
     """Returns one token as text, its leading space kept, parts of characters as `show_bytes` does.
 
@@ -442,6 +462,7 @@ def name_tokens(view: ModelView, labels: Labels | None) -> ModelView:
     return replace(
         view,
         to_string=to_string,
+        to_source=None,
         to_output=to_output,
         to_text=lambda ids: ("" if spaced() else " ").join(map(to_string, ids)),
         pieces=pieces,

@@ -32,6 +32,8 @@ _UNWATCHED = frozenset(
         *("name", "backward_scale", "pos_dim", "optional", "context_level", "is_caching"),
     }
 )
+# Which adapters (PEFT) a layer computes with.
+_SWITCHES = frozenset({"_active_adapter", "_disable_adapters"})
 _CONFIGS = ("cfg", "config")
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 # Views of weights that are kept to be compared would keep the memory of weights that were moved to
@@ -47,8 +49,9 @@ class Glance:
     """What the numbers of a model depend on, as it was when it was made.
 
     Modules, their classes, the ``forward`` of each, their plain public attributes and those of
-    their configs (values by value, functions and other objects by identity), weights and buffers.
-    Not containers, nor attributes with an underscore, where hosts keep state of their passes.
+    their configs (values by value, functions and other objects by identity), which adapters are on,
+    weights and buffers. Not containers, nor other attributes with an underscore, where hosts keep
+    state of their passes.
 
     Nothing of the model is kept alive but small weights: an object is its id, which counts as long
     as none of them has died.
@@ -72,9 +75,9 @@ class Glance:
         roles = _Roles()
         for i, own in enumerate(every):
             found = [
-                (roles[type(value)], name)
+                ("value" if name in _SWITCHES else roles[type(value)], name)
                 for name, value in own.items()
-                if name not in _UNWATCHED and name[:1] != "_"
+                if name not in _UNWATCHED and (name[:1] != "_" or name in _SWITCHES)
             ]
             self._names.append([name for role, name in found if role == "value"])
             self._places += [(i, name) for role, name in found if role == "object"]

@@ -25,7 +25,7 @@ from tl_contextmix.engine.registry import methods
 from tl_contextmix.engine.selection import Chosen
 
 # Asked for in words of their own, or of no use in a command.
-_NOT_OPTIONS = ("model", "input", "inputs", "tokenizer", "dictionary")
+_NOT_OPTIONS = ("model", "input", "inputs", "tokenizer", "dictionary", "task")
 # What is asked of other models, or cannot be asked with defaults alone.
 _EXAMPLES = {
     "decoder-lens": 'encoder-decoder "the bat burned ."',
@@ -85,6 +85,9 @@ def _option(parameter: inspect.Parameter, hint: Any) -> Any:
     if parameter.name == "neurons" and hint in (Chosen, Chosen | None):
         help_text = "Layer and number, such as 2.78, or layer, head and number."
         return several(name, kind=Numbered(), help=help_text, required=hint == Chosen)
+    if parameter.name == "target":  # of a method that is not asked about a prediction
+        help_text = "A word to score; several, with an option each."
+        return click.option(name, multiple=True, metavar="TOKEN", help=help_text)
     if parameter.name == "edge":
         return click.option(name, type=Numbered("L.H.T.S"), help="Layer, head, target, source.")
     if parameter.name == "pos":
@@ -115,13 +118,13 @@ def run_method(name: str, given: dict[str, Any]) -> None:
     """Runs a method and prints, and writes, what it returns."""
     want = wanted(given)
     model, text, loading = given.pop("model"), given.pop("text"), load_options(given)
-    question = asked(given) if "target" in given else {}
+    method = methods()[name]
+    question = asked(given) if method.asks else {}
     options = {
-        key: flat(value) if isinstance(value, tuple) and key != "edge" else value
+        key: flat(value) if isinstance(value, tuple) and key not in ("edge", "target") else value
         for key, value in given.items()
     }
-    options = {key: value for key, value in options.items() if value is not None}
-    method = checked(methods()[name].function)
-    found = method(load_model(model, **loading), text, **options, **question)
+    options = {key: value for key, value in options.items() if value not in (None, ())}
+    found = checked(method.function)(load_model(model, **loading), text, **options, **question)
     want.emit(found)
     want.write(found)

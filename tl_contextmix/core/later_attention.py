@@ -89,6 +89,7 @@ def cross_pattern(
     Raises:
         UnsupportedModel: If the factor of its scores is not known.
     """
+    weight = require_weight(attention.weights, "W_Q")
     if attention.scale is None:
         raise UnsupportedModel(
             "what a changed query attends to cannot be computed",
@@ -97,7 +98,7 @@ def cross_pattern(
             "Ask for stack='encoder' or stack='cross'.",
         )
     x = stream if attention.norm_in is None else attention.norm_in(stream)
-    query = torch.einsum("...tm,hmd->...thd", x, require_weight(attention.weights, "W_Q"))
+    query = torch.einsum("...tm,hmd->...thd", x, weight)
     query = shift(query, attention.weights("b_Q"))
     scores = torch.einsum("...thd,...khd->...thk", query, key) * attention.scale
     if attention.soft_cap is not None:

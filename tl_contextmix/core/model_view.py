@@ -166,6 +166,7 @@ class ModelView:
         special_ids: Returns the ids of the ``"mask"`` and of ``"unknown"`` words, and of the
             ``"separator"`` of segments, where there are.
         to_string: A token id as text; parts of characters as bytes, see `core.pieces`.
+        to_source: The same of what an encoder-decoder's encoder reads; None where it is no other.
         to_output: What the model predicts as text, by its id: a token, or a class where its
             outputs are not its tokens.
         to_text: Token ids as one text, special tokens included.
@@ -236,6 +237,7 @@ class ModelView:
     classes: tuple[str, ...] = ()
     answers_at: int | None = None
     dictionaries: tuple[str, ...] = ()
+    to_source: Callable[[int], str] | None = field(default=None, repr=False)
     hears: Callable[[Any], tuple[Side, dict[str, Tensor]]] | None = field(default=None, repr=False)
     past: Callable[[int], Callable[[int], Mapping[str, Any]]] | None = field(
         default=None, repr=False

@@ -284,8 +284,8 @@ def _metric_named(name: str) -> Metric:
         raise InvalidInput(
             "there is no such metric",
             repr(name),
-            f"one of {list(METRICS)}, 'gold NLL', 'KL' or 'accuracy' of decoder_lens, or a "
-            "function",
+            f"one of {list(METRICS)}, 'gold NLL', 'KL', 'accuracy' or 'MRR' of decoder_lens, or "
+            "a function",
             "Pass a function of output, reference and source for a metric of your own.",
         )
     return _MAKERS[name]()

@@ -52,7 +52,7 @@ class Vocabulary:
         rule: ``"frozen"``: scale of the final norm as it really is, no norm bias, no b_U.
             ``"frozen+beta"``: the same with both. ``"recompute"``: the norm of each state.
         divisor: The real scale of the final norm.
-        weight: W_U.
+        weight: W_U, of what the head makes of the stream where there is one.
         constants: Logits of the zero vector, under the rule.
         asked: The tokens asked about, and their foils, in each sentence.
         final: The stream after the last block.
@@ -63,7 +63,7 @@ class Vocabulary:
     readout: Readout
     rule: NormRule
     divisor: Float[Tensor, "batch 1"]
-    weight: Float[Tensor, "d_model d_vocab"]
+    weight: Float[Tensor, "width d_vocab"]
     constants: Float[Tensor, " d_vocab"]
     asked: Contrast
     final: Float[Tensor, "batch d_model"]
@@ -123,7 +123,7 @@ class Vocabulary:
             return vectors.new_full((len(self.asked.target), len(vectors)), torch.nan)
         return (self.direction(vectors) @ self.target_columns.T).T / self.divisor
 
-    def hidden(self, x: Float[Tensor, "some d_model"], row: int) -> Float[Tensor, "some d_model"]:
+    def hidden(self, x: Float[Tensor, "some d_model"], row: int) -> Float[Tensor, "some width"]:
         """Returns what W_U multiplies, of states of one sentence."""
         readout = self.readout
         if readout.head is not None:

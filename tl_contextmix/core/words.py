@@ -161,25 +161,27 @@ def require_spans(spans: Spans, length: int) -> list[tuple[int, int]]:
     return [_require_span(span, length) for span in listed]
 
 
-def frames_of(times: object, per_second: int | float) -> list[tuple[int, int]]:
+def frames_of(times: object, per_second: int | float, length: int) -> list[tuple[int, int]]:
     """Returns stretches of frames, given those of time.
 
     A time is cut at the nearest frame, so that stretches without a gap have none; at least one
-    frame is in each.
+    frame is in each. A stretch may end a frame behind the last: convolutions leave out the end of a
+    sound.
 
     Args:
         times: Pairs ``(start, stop)`` in seconds.
         per_second: Frames a second.
+        length: How many frames there are.
 
     Raises:
-        InvalidInput: If they are no times.
+        InvalidInput: If they are no times, or beyond the sound.
     """
     try:
         pairs = [(float(start), float(stop)) for start, stop in times]  # type: ignore[union-attr]
         found = [(round(start * per_second), round(stop * per_second)) for start, stop in pairs]
         fits = per_second > 0 and bool(pairs) and all(0 <= start < stop for start, stop in pairs)
     except (TypeError, ValueError, OverflowError):
-        found, fits = [], False
+        pairs, found, fits = [], [], False
     if not fits:
         raise InvalidInput(
             "these are no times",
@@ -187,7 +189,16 @@ def frames_of(times: object, per_second: int | float) -> list[tuple[int, int]]:
             "pairs (start, stop) of seconds, with per_second above 0",
             "Take them from a forced alignment.",
         )
-    return [(start, max(stop, start + 1)) for start, stop in found]
+    found = [(start, max(stop, start + 1)) for start, stop in found]
+    beyond = [n for n, (start, stop) in enumerate(found) if start >= length or stop > length + 1]
+    if beyond:
+        raise InvalidInput(
+            "these times are beyond the sound",
+            f"{pairs[beyond[0]]} with {length} frames, {per_second!r} a second",
+            f"times up to {length / per_second:g} seconds",
+            "Give the times of this sound, in seconds, and its frames a second.",
+        )
+    return [(start, min(stop, length)) for start, stop in found]
 
 
 def _require_span(span: object, length: int) -> tuple[int, int]:

@@ -288,7 +288,9 @@ class ContextMap(LabelledArray):
         """
         require_choice("way to merge rows", rows, ("mean", "max"))
         require_choice("way to merge columns", columns, ("sum", "max"))
-        given: Any = spans if per_second is None else frames_of(spans, per_second)
+        given: Any = spans
+        if per_second is not None:
+            given = frames_of(spans, per_second, self.source.ids.shape[1])
         target, source = (
             tokens.words()
             if given is None
@@ -394,7 +396,9 @@ class ContextMap(LabelledArray):
         Raises:
             InvalidInput: If a text is not there, a stretch covers no token, or stretches overlap.
         """
-        given: Any = spans if per_second is None else frames_of(spans, per_second)
+        given: Any = spans
+        if per_second is not None:
+            given = frames_of(spans, per_second, self.source.ids.shape[1])
         source = self.source.spans(given)
         scores = _merged(self.scores, self.source, source, "sum")
         return replace(self, scores=scores, source=self.source.join(source))

@@ -129,7 +129,7 @@ class LayerwiseDecoding(LabelledArray):
                 "it is not known from which layer on the output stays the same",
                 f"layers {list(self.layers)}",
                 f"every layer from the first of them to {self.depth}",
-                "Decode those between them too (layers=None decodes all).",
+                "Decode those between them too (layer=None decodes all).",
             )
         found, last = [], len(self.layers) - 1
         for row in range(len(self.inputs)):
@@ -314,5 +314,5 @@ def _no_final_output() -> InvalidInput:
         "the outputs cannot be compared with the final one",
         "layers without the last one",
         "the last encoder layer among them",
-        "Decode it too (layers=None decodes all).",
+        "Decode it too (layer=None decodes all).",
     )

@@ -54,7 +54,7 @@ def split_at(tokens: Tokens, first: Sequence[int], names: tuple[str, str]) -> To
 
 
 def _side_by_side(
-    rows: Sequence[Int[torch.Tensor, " some"]],
+    rows: Sequence[Int[torch.Tensor, " _"]],
 ) -> tuple[Int[torch.Tensor, "batch most"], Bool[torch.Tensor, "batch most"]]:
     """Returns rows of unlike length as one tensor, their last number repeated, and a mask."""
     lengths = torch.tensor([len(row) for row in rows])

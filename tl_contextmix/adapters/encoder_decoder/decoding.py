@@ -78,7 +78,7 @@ class MemoryDecoder:
         Keys and values of every decoder layer for encoder and decoder positions, the encoder
         states themselves, and logits in the model's and in single precision.
         """
-        config = self.model.get_decoder().config
+        config = getattr(self.model.get_decoder(), "config", self.model.config)
         layers = _size(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers")
         heads = _size(config, "num_heads", "decoder_attention_heads", "num_attention_heads")
         d_model = _size(config, "d_model", "hidden_size")
@@ -90,7 +90,8 @@ class MemoryDecoder:
     @property
     def d_vocab(self) -> int:
         """Size of the output vocabulary."""
-        return int(self.model.config.vocab_size)
+        config = self.model.config
+        return int(getattr(config, "decoder_vocab_size", None) or config.vocab_size)
 
     def generate(
         self,
@@ -146,11 +147,12 @@ class MemoryDecoder:
         if prompt is not None:
             options["decoder_input_ids"] = prompt
         states = _encoded(memory)
-        inputs = None if source is None else source.to(memory.device)
+        if source is not None:
+            options["inputs"] = source.to(memory.device)
         # Steps of small models are dominated by overhead, 7 % of which this mode saves.
         mode = torch.inference_mode() if self.alone else torch.no_grad()
         with lock_of(self.owner), mode:
-            found = self.model.generate(inputs, encoder_outputs=states, **options)
+            found = self.model.generate(encoder_outputs=states, **options)
         prompt = loop.prompt[::num_beams]
         ids = (loop.ids if num_beams == 1 else found)[:, prompt.shape[1] :]
         ids, real, finished = self._ended(ids)

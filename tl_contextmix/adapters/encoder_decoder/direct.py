@@ -23,6 +23,7 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     of_view,
     require_no_hooks_on,
 )
+from tl_contextmix.adapters.recognition import require_tokens
 from tl_contextmix.adapters.running import (
     hooked_places,
     lock_of,
@@ -97,9 +98,9 @@ def from_text(model: Any, tokenizer: Any, language: str | None = None) -> Encode
     Raises:
         UnsupportedModel: If what its decoder reads is not known, or depends on other rows.
     """
+    require_tokens(model)
     require_no_dropout(model)
-    encoder, decoder_stack = model.get_encoder(), model.get_decoder()
-    require_no_hooks_on([model, encoder])
+    require_no_hooks_on([model, model.get_encoder()])
     settings = model.generation_config
     require_followed(settings, speech=False)
     d_vocab = len(model.get_input_embeddings().weight)
@@ -113,7 +114,7 @@ def from_text(model: Any, tokenizer: Any, language: str | None = None) -> Encode
         start=decoder_prompt(host, language).ids,
         ends=end_tokens(settings),
         pad=settings.pad_token_id or 0,
-        n_ctx=_longest(decoder_stack, "decoder"),
+        n_ctx=_longest(model, "decoder"),
     )
     found = of_view(
         view,
@@ -138,9 +139,10 @@ def _blocks(stack: Any) -> nn.ModuleList | None:
     return next((one for one in found if isinstance(one, nn.ModuleList) and len(one)), None)
 
 
-def _longest(stack: Any, side: str) -> int | None:
-    """Returns the longest text of a stack, or None if unlimited (relative positions)."""
-    found = (getattr(stack.config, name.format(side), None) for name in _LENGTHS)
+def _longest(model: Any, side: str) -> int | None:
+    """Returns the longest text of a side, or None if unlimited (relative positions)."""
+    config = getattr(getattr(model, f"get_{side}")(), "config", model.config)
+    found = (getattr(config, name.format(side), None) for name in _LENGTHS)
     return next((bound for bound in found if isinstance(bound, int)), None)
 
 
@@ -158,7 +160,7 @@ def _view(host: Unbridged) -> ModelView:
         stacks={side: _ends(model, side) for side in ("encoder", "decoder")},
         readout=Readout(None, None, lambda name: None, refusal=refusal),
         final_norms={},
-        n_ctx=_longest(model.get_encoder(), "encoder"),
+        n_ctx=_longest(model, "encoder"),
         limits=(refusal,),
         takes={name: 2 for name in _FURTHER if name in inspect.signature(model.forward).parameters},
         runner=lambda batch, hooks, *rest: _run(host, batch, hooks),
@@ -227,7 +229,8 @@ def _probed(model: Any, found: EncoderDecoder) -> tuple[nn.Module | None, bool]:
     """
     view, encoder = found.view, model.get_encoder()
     assert view is not None
-    ids = (11 + 7 * torch.arange(2 * _PROBE)).view(2, _PROBE) % view.d_vocab
+    d_vocab = min(view.d_vocab, found.decoder.d_vocab)
+    ids = (11 + 7 * torch.arange(2 * _PROBE)).view(2, _PROBE) % d_vocab
     side = Side(ids, torch.ones_like(ids, dtype=torch.bool))
     with without_hooks(model), torch.no_grad():
         last, like = found.states(side)[-1], next(encoder.parameters())

@@ -24,7 +24,7 @@ from tl_contextmix.adapters.running import require_no_autocast, require_no_dropo
 from tl_contextmix.adapters.tokenizers import in_frame, piece_of, text_of
 from tl_contextmix.adapters.unbridged import Place, keeping
 from tl_contextmix.adapters.weight_processing import fingerprint
-from tl_contextmix.errors import InvalidInput, warn
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, warn
 from tl_contextmix.results import Provenance
 from tl_contextmix.results.labels import package_version
 
@@ -54,6 +54,13 @@ def from_speech(
     """
     from transformers import __version__
 
+    if not hasattr(model, "generate"):
+        raise UnsupportedModel(
+            "DecoderLens needs a decoder that predicts tokens",
+            f"a {type(model).__name__}",
+            "a WhisperForConditionalGeneration",
+            "Load it as one.",
+        )
     require_no_dropout(model)
     first = next(model.parameters())
     require_no_autocast(first.device)

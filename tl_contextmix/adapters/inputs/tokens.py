@@ -201,6 +201,29 @@ def as_tensor(given: Any) -> Any:
     return given
 
 
+def sound_of(given: Any, name: str) -> Any:
+    """Returns sound as a tensor where it can be one, a feature extractor's result taken apart.
+
+    Args:
+        given: Samples or features, or what the feature extractor returned.
+        name: What the model calls them.
+
+    Raises:
+        InvalidInput: If a sound is padded. Whisper hears its padding: its encoder takes no mask.
+    """
+    if isinstance(given, Mapping) and name in given:
+        mask = as_tensor(given.get("attention_mask"))
+        if name == "input_values" and isinstance(mask, Tensor) and not bool(mask.all()):
+            raise InvalidInput(
+                "padded sounds cannot be heard apart from their padding",
+                f"{int((mask == 0).any(-1).sum())} of {len(mask)} with zeros in attention_mask",
+                "sounds of one length",
+                "Call once for each sound, not padded.",
+            )
+        given = given[name]
+    return as_tensor(given)
+
+
 def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
     """Returns the tokens of the main side, and the segments of pairs of texts."""
     if isinstance(given.input, Tensor):
@@ -475,7 +498,8 @@ def label(view: ModelView, name: str, side: Side) -> Tokens:
     # Copies: the caller may write on what was given, or on a result.
     ids, mask = side.ids.cpu().clone(), side.mask.cpu().clone()
     # Each token is decoded once: long inputs repeat theirs.
-    texts = {token: view.to_string(token) for token in ids.unique().tolist()}
+    show = (name == "encoder" and view.to_source) or view.to_string
+    texts = {token: show(token) for token in ids.unique().tolist()}
     strings = tuple(tuple(texts[token] for token in row) for row in ids.tolist())
     sides, places = ((name, ids.shape[1]),), None
     if side.roles is not None and bool((side.roles == side.roles[0]).all()):

@@ -39,9 +39,10 @@ from tl_contextmix.adapters.loading.source import (
     official_name,
     read_source,
 )
+from tl_contextmix.adapters.refusals import QUANTIZED, quantized_in
 from tl_contextmix.core.validation import FilePath
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, require_demo_name
-from tl_contextmix.errors import InvalidInput, warn
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, reason, warn
 
 __all__ = ["HostClass", "load_demo", "load_model"]
 
@@ -179,10 +180,64 @@ def _placement(
 
 
 def _merged(model: Any) -> Any:
-    """Returns a copy of a PEFT model with its adapters merged; any other model as it is."""
-    if not hasattr(model, "merge_and_unload"):
+    """Returns a copy of a model with its adapters (PEFT) merged; one without any as it is.
+
+    Raises:
+        UnsupportedModel: If it computes without its adapters, is quantized, or they cannot be
+            merged.
+    """
+    wrapped = hasattr(model, "merge_and_unload")
+    # transformers itself puts adapters into a model (`add_adapter`, or the folder of an adapter).
+    if not wrapped and not getattr(model, "_hf_peft_config_loaded", False):
         return model
-    return copy.deepcopy(model).merge_and_unload()
+    if packed := quantized_in(model):
+        raise QUANTIZED.error(packed)
+    # PEFT would merge those that are off, too.
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        raise UnsupportedModel(
+            "cannot merge adapters that are disabled",
+            f"a {type(model).__name__} whose adapters are off, or some of them",
+            "adapters that the model computes with",
+            "Enable them; for the model without them, load the base model.",
+        )
+    try:
+        found = copy.deepcopy(model)
+        _untie(found)
+        return found.merge_and_unload() if wrapped else _unloaded(found)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UnsupportedModel(
+            "the adapters cannot be merged into the weights",
+            reason(error),
+            "adapters that change weights alone",
+            "Only such a model is read; see the documentation of PEFT.",
+        ) from error
+
+
+def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the layers of a model that have adapters, with their paths."""
+    for path, layer in [*model.named_modules()]:
+        if callable(getattr(layer, "get_base_layer", None)):
+            yield path, layer
+
+
+def _untie(model: Any) -> None:
+    """Gives layers that have adapters weights of their own: others that are tied have none."""
+    for _, layer in _adapted(model):
+        base = layer.get_base_layer()
+        for name, weight in [*base.named_parameters(recurse=False)]:
+            own = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            setattr(base, name, own)
+
+
+def _unloaded(model: Any) -> Any:
+    """Returns a model of transformers with the adapters that it holds merged."""
+    for path, layer in _adapted(model):
+        layer.merge()
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.get_base_layer())
+    return model
 
 
 def _device(named: str | torch.device) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from tl_contextmix.adapters.loading.classifiers import OF_TEXTS, OF_TOKENS, classifies
-from tl_contextmix.adapters.recognition import major, require_no_images
+from tl_contextmix.adapters.recognition import major, require_tokens
 from tl_contextmix.adapters.refusals import QUANTIZED, quantized_in
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.errors import InvalidInput, UnsupportedModel
@@ -146,7 +146,7 @@ def held_source(model: Any, tokenizer: Any) -> Source:
     config = getattr(model, "config", None)
     kind = _held_kind(model)
     if kind is None:
-        require_no_images(model)
+        require_tokens(model)
         raise UnsupportedModel(
             "cannot load this object as a model",
             f"a {type(model).__module__}.{type(model).__name__}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -251,11 +252,13 @@ def _settle_scales(block: Block, probe: Probe) -> Iterator[AttentionSublayer]:
             expected = probe.clean.pattern(attention).permute(0, 2, 1, 3)
             told = [] if attention.scale is None else [attention.scale]
             attention = replace(attention, scale=None)
-            for scale in (1.0, key.shape[-1] ** -0.5, *told):
-                tried = replace(attention, scale=scale)
-                found = cross_pattern(tried, stream, key, expected >= 0)
-                if relative_error(found, expected) <= probe.tolerance:
-                    attention = tried
+            # Queries with adapters beside their weight: maps that hold the pattern need none.
+            with contextlib.suppress(UnsupportedModel):
+                for scale in (1.0, key.shape[-1] ** -0.5, *told):
+                    tried = replace(attention, scale=scale)
+                    found = cross_pattern(tried, stream, key, expected >= 0)
+                    if relative_error(found, expected) <= probe.tolerance:
+                        attention = tried
         yield attention
         stream = attention.join(stream, attention.raw_output(probe.clean))
 

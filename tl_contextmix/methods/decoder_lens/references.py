@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_contextmix.adapters import EncoderDecoder
 from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
 from tl_contextmix.adapters.inputs.activation_cache import describe
-from tl_contextmix.adapters.inputs.tokens import as_tensor, require_as_many
+from tl_contextmix.adapters.inputs.tokens import as_tensor, require_as_many, sound_of
 from tl_contextmix.adapters.questions import single_token
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.text_metrics import words
@@ -41,7 +41,7 @@ def read_source(
             inputs = tuple(model.to_text(ids[mask].tolist()) for ids, mask in rows)
         assert batch.decoder is not None
         return batch.main, batch.decoder, inputs, batch.further
-    features = given.input
+    features = sound_of(given.input, "input_features")
     whole = isinstance(features, Tensor) and features.ndim == 3 and len(features) > 0
     if not isinstance(features, Tensor) or not whole or not features.is_floating_point():
         raise InvalidInput(
