@@ -1,9 +1,10 @@
-"""Models with LoRA adapters, by PEFT itself where it is installed: merged, or followed."""
+"""Models with LoRA adapters, by PEFT itself: merged, or followed."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 import zoo
@@ -14,7 +15,6 @@ from zoo_configs import TokenizerKind
 
 import tl_contextmix as cm
 
-peft: Any = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.newest,
     pytest.mark.once,
