@@ -342,6 +342,9 @@ def test_a_data_set_has_the_labels():
     assert found.attrs["unit"] == "norm"
     parts = hand_built.contributions()[0].to_xarray()
     assert parts.component_kind.values[0].tolist()[0] == "embed"
+    scan = hand_built.scan()
+    names = scan.to_dataframe().component[: scan.mean.shape[1]]
+    assert scan.to_xarray().component_name.values.tolist() == [*names]
 
 
 def test_without_xarray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
