@@ -311,6 +311,10 @@ class LabelledArray(Result):
             for name, axes in tensor_axes(type(self)).items()
             if getattr(self, name) is not None
         }
+        # What is computed of the fields: what is shown, and columns of the table.
+        for name in {self._array, *self.COLUMNS.values()} - {*arrays}:
+            if isinstance(values := getattr(self, name), torch.Tensor):
+                arrays[name] = (axes_of(type(self), name), as_array(values))
         about = ("point", "stack", "unit", "title", "caption")
         attributes = {name: getattr(self, name) for name in about if hasattr(self, name)}
         where = vars(self)["provenance"]
