@@ -55,11 +55,13 @@ def _by_hugging_face(original: Any, batch: Batch, count: int, device: torch.devi
     settings.temperature, settings.top_p, settings.top_k = 1.0, 1.0, 50  # else it warns of them
     settings.max_length = settings.min_length = settings.min_new_tokens = None
     settings.return_dict_in_generate = False
-    given = {"attention_mask": torch.ones_like(text)}
+    given: dict[str, Any] = {"attention_mask": torch.ones_like(text)}
     for name, value in batch.further.items():
         given[name] = value[:, batch.main.mask[0]].to(device)
     if decoder_ids:
         given["decoder_input_ids"] = decoder_ids[0]
+        if settings.use_cache is not False:
+            given["past_key_values"] = empty_cache()
     found = original.generate(text, generation_config=settings, **given)
     return found[0, (decoder_ids or [text])[0].shape[1] :].tolist()
 
@@ -73,3 +75,11 @@ def _greedy(model: Any, batch: Batch, count: int, device: torch.device) -> list[
         sides[-1] = torch.cat([sides[-1], token], dim=1)
         result.append(int(token))
     return result
+
+
+def empty_cache() -> Any:
+    """Returns an empty cache of a decoder's keys and values."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
