@@ -86,10 +86,19 @@ def test_logits_alone_that_overflow_refuse_predictions_and_keep_maps() -> None:
             lambda: cm.log_prob_contributions(model, IDS),
             lambda: cm.gradient_x_input(model, IDS),
             lambda: cm.knockout(model, IDS, heads=[(0, 0)], controls=0),
+            lambda: cm.ff_memories(model, IDS, layer=0),
         ):
             with pytest.raises(cm.InvalidInput, match="float16 overflows.*in the logits"):
                 ask()
     assert view.readout.refusal == ""
+
+
+@pytest.mark.parametrize("projection", ["model", "frozen"])
+def test_memories_below_a_layer_that_is_not_finite_say_so(projection: Any) -> None:
+    """They are compared with the model's own best token; NaN would be that of every text."""
+    model = zoo.shared(case_of("mistral", host="TransformerBridge"))
+    with pytest.raises(cm.InvalidInput, match="a mask in float64 turns into NaN.*in the logits"):
+        cm.ff_memories(model, ["the cat sat on the mat", "dog"], layer=0, projection=projection)
 
 
 @pytest.mark.parametrize(
