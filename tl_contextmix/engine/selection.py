@@ -153,7 +153,7 @@ def _require_there(view: ModelView, found: Components) -> None:
         for one in here or every:
             each.setdefault((one.kind, one.heads, one.neurons), []).append(one)
         listed = ", ".join(
-            f"{f'{len(some)} experts of ' if some[0].expert >= 0 else ''}{kind} {heads} x {neurons}"
+            f"{_experts(some)}{kind} {heads} x {neurons}"
             for (kind, heads, neurons), some in each.items()
         )
         where = f"layer {layer}" if here else f"its {len(view.blocks())} layers, the first being 0"
@@ -163,6 +163,11 @@ def _require_there(view: ModelView, found: Components) -> None:
             f"one of {where}: {listed} (heads x neurons)",
             _REMEDY,
         )
+
+
+def _experts(some: Sequence[Sublayer]) -> str:
+    """Returns how many experts these are, as what stands before their sizes."""
+    return f"{len(some)} expert{'s' * (len(some) > 1)} of " if some[0].expert >= 0 else ""
 
 
 def _require_known(view: ModelView, one: Mapping[str, Any]) -> None:
