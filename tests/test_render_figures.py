@@ -392,4 +392,5 @@ def test_a_sentence_without_a_column_is_drawn(side: str):
     whole = map_of(torch.rand(2, 1, 1, 2, 4), tokens(2, 2, side=side), tokens(2, 4, padding=1))
     part = whole.select(source=3)
     assert "1.3" in part.show()._repr_html_()
-    assert len(meshes(part.figure())) == 2
+    for panel in part.panels():
+        assert len(meshes(draw(panel))) == 1
