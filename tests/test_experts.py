@@ -292,6 +292,16 @@ def test_contributions_of_experts_and_of_their_neurons(model: Any) -> None:
     assert relative(read.activation, best.top(3).coefficients) < 1e-6
 
 
+def test_a_scan_says_of_which_expert_a_neuron_is(model: Any) -> None:
+    found = cm.scan(model, [([5, 9, 17], 9, 7), ([5, 8], 9, 7)], by=["head", "ff_neuron"])
+    frame = found.to_dataframe()
+    for row in frame[frame.neuron >= 0].itertuples():
+        assert row.component == f"L{row.layer}E{row.expert}N{row.neuron}"
+    assert (frame.expert[frame["head"] >= 0] == -1).all()
+    best = found.top(1, level="ff_neuron")[0]
+    assert best["component"] == f"L{best['layer']}E{best['expert']}N{best['neuron']}"
+
+
 def test_a_dense_model_has_no_experts() -> None:
     dense = zoo_others.build("qwen3")
     with pytest.raises(cm.InvalidInput, match="no components by expert: got .* without experts"):
@@ -322,7 +332,8 @@ def test_a_knocked_out_expert_is_one_without_its_value_vectors(model: Any, tmp_p
     assert bool((mean.after != mean.before).any())
     with pytest.raises(cm.InvalidInput, match="no such component"):
         cm.knockout(model, tokens, experts=[(1, 4)], target=9)
-    with pytest.raises(cm.InvalidInput, match="no such component"):
+    held = "no such component.* one of layer 1: attn 4 x 8, 4 experts of mlp 0 x "
+    with pytest.raises(cm.InvalidInput, match=held):
         cm.knockout(model, tokens, neurons=[(1, 3)], target=9)
 
 

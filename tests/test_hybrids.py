@@ -66,11 +66,15 @@ def test_layers_of_attention_have_maps_and_others_are_refused_by_name(kind: str)
         cm.decompx: {},
         cm.alti: {},
         cm.attention_knockout: {"sources": [0], "pos": -1},
+        cm.flow: {"pos": -1},
+        cm.information_flow_routes: {"pos": -1},
     }
     for method, options in asked.items():
         with pytest.raises(cm.UnsupportedModel, match=place) as raised:
-            method(model, inputs.tokens, **options)
-        assert "layer=[1]" in str(raised.value)
+            method(model, inputs.tokens[:1], **options)
+        assert "layer=[1], which have attention, of a method that looks at each" in str(
+            raised.value
+        )
     cut = cm.attention_knockout(model, inputs.tokens, sources=[0], pos=-1, layer=1)
     assert bool(cut.log_probs.isfinite().all())
 

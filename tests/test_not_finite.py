@@ -18,6 +18,7 @@ from tl_contextmix.core.finite import why_not_finite
 pytestmark = pytest.mark.mostly_once
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
+TEXTS = ["the cat sat on the mat", "dog"]
 
 
 def model_of(family: str, dtype: torch.dtype) -> Any:
@@ -86,10 +87,21 @@ def test_logits_alone_that_overflow_refuse_predictions_and_keep_maps() -> None:
             lambda: cm.log_prob_contributions(model, IDS),
             lambda: cm.gradient_x_input(model, IDS),
             lambda: cm.knockout(model, IDS, heads=[(0, 0)], controls=0),
+            lambda: cm.ff_memories(model, IDS, layer=0),
         ):
             with pytest.raises(cm.InvalidInput, match="float16 overflows.*in the logits"):
                 ask()
     assert view.readout.refusal == ""
+
+
+@pytest.mark.parametrize("projection", ["model", "frozen"])
+def test_memories_below_a_layer_that_is_not_finite_say_so(projection: Any) -> None:
+    """They are compared with the model's own best token; NaN would be that of every text."""
+    model = zoo.shared(case_of("mistral", host="TransformerBridge"))
+    with pytest.raises(cm.InvalidInput, match="a mask in float64 turns into NaN.*in the logits"):
+        cm.ff_memories(model, TEXTS, layer=0, projection=projection, padding_side="right")
+    # More padding than a window has tokens is nothing to read; before the text it is left out.
+    cm.ff_memories(model, TEXTS, layer=0, projection=projection, padding_side="left")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +142,7 @@ def test_masks_in_float64_that_turn_into_nan() -> None:
     mask = torch.tensor([[0, 0, 1], [1, 1, 1]])
     name = view_of(model).blocks()[0].resid_in
     cm.attention(model, IDS, attention_mask=mask)
-    match = r"a mask in float64 turns into NaN.*Load the model in float32, pad on the right"
+    match = r"a mask in float64 turns into NaN.*Load the model in float32, pad on the other side"
     with model.hooks(fwd_hooks=[(name, lambda tensor, hook: tensor)]):
         with pytest.raises(cm.InvalidInput, match=match):
             cm.attention(model, IDS, attention_mask=mask)

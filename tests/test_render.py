@@ -660,6 +660,14 @@ def test_curves_need_not_reach_zero():
     assert len({attrs["cy"] for attrs in same.all("circle")}) == 1
 
 
+@pytest.mark.parametrize("kind", [Curves, Bars])
+@pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 1e-16, -1e-3, 5e-324, -5e-324, 1e300])
+def test_numbers_that_are_all_one_have_a_scale(kind: type[Bars], value: float):
+    for other in (value, value + math.ulp(value), value - math.ulp(value)):
+        parsed = parse(kind("c", "", ("a", "b"), (("s", (value, other)),)))
+        assert 2 <= len([one for one in parsed.all("line") if one["class"] == "tick"]) <= 6
+
+
 def test_many_bars_fit():
     values = tuple(math.sin(index) for index in range(200))
     parsed = parse(Bars("bars", "", tuple(f"layer {i}" for i in range(200)), (("s", values),)))

@@ -384,3 +384,13 @@ def test_what_does_not_fit_into_axes_is_refused():
     ):
         with pytest.raises(InvalidInput, match=words):
             draw(panel, **options)
+
+
+@pytest.mark.filterwarnings("ignore:every source selected:tl_contextmix.errors.ContextMixWarning")
+@pytest.mark.parametrize("side", ["decoder", "prediction"])
+def test_a_sentence_without_a_column_is_drawn(side: str):
+    whole = map_of(torch.rand(2, 1, 1, 2, 4), tokens(2, 2, side=side), tokens(2, 4, padding=1))
+    part = whole.select(source=3)
+    assert "1.3" in part.show()._repr_html_()
+    for panel in part.panels():
+        assert len(meshes(draw(panel))) == 1

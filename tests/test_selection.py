@@ -40,7 +40,9 @@ pytestmark = pytest.mark.once
 
 FILES = sorted((Path(__file__).parent / "data/v1").glob("*.safetensors"))
 ARRAYS: dict[type, Any] = {
-    type(one): one for path in FILES if isinstance(one := Result.load(path), LabelledArray)
+    type(one): one
+    for one in (*map(Result.load, FILES), *hand_built.one_of_each())
+    if isinstance(one, LabelledArray)
 }
 EACH = [pytest.param(one, id=kind.__name__) for kind, one in ARRAYS.items()]
 
@@ -325,6 +327,7 @@ def test_every_array_becomes_a_data_set(result: Any):
     found = result.to_xarray()
     assert found[result._array].dims == result.axes
     assert np.array_equal(found[result._array].values, np.asarray(result), equal_nan=True)
+    assert {*result.COLUMNS.values()} <= {*found}
     if hasattr(result, "layers"):
         assert tuple(found.layer.values.tolist()) == result.layers
 
@@ -342,6 +345,9 @@ def test_a_data_set_has_the_labels():
     assert found.attrs["unit"] == "norm"
     parts = hand_built.contributions()[0].to_xarray()
     assert parts.component_kind.values[0].tolist()[0] == "embed"
+    scan = hand_built.scan()
+    names = scan.to_dataframe().component[: scan.mean.shape[1]]
+    assert scan.to_xarray().component_name.values.tolist() == [*names]
 
 
 def test_without_xarray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -66,6 +66,8 @@ def _by_hugging_face(model: Any, batch: Batch, count: int, device: torch.device)
         given[name] = value[:, batch.main.mask[0]].to(device)
     if decoder_ids:
         given["decoder_input_ids"] = prompt
+        if settings.use_cache is not False:
+            given["past_key_values"] = empty_cache()
     if settings.stop_strings:
         given["tokenizer"] = getattr(model, "tokenizer", None)
     try:
@@ -89,3 +91,11 @@ def _greedy(model: Any, batch: Batch, count: int, device: torch.device) -> list[
         sides[-1] = torch.cat([sides[-1], token], dim=1)
         result.append(int(token))
     return result
+
+
+def empty_cache() -> Any:
+    """Returns an empty cache of a decoder's keys and values."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())

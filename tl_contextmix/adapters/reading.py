@@ -123,7 +123,9 @@ def _mixer(handle: Handle, prefix: str, layer: int, name: str) -> Mixer:
     kind = type(getattr(module, "original_component", None) or module).__name__
     read = [n for n, one in enumerate(blocks) if {"attn", "self_attn"} & set(one._modules)]
     where = f"{prefix}.{layer}.{name}"
-    remedy = f"Ask for layer={read}, which have attention"
+    # A rollout, a graph and what follows tokens through all layers has no use for some of them.
+    alone = "of a method that looks at each layer alone (value_zeroing, attention_norms)"
+    remedy = f"Ask for layer={read}, which have attention, {alone}"
     if layer in read:
         remedy = "Ask for at='attn_out', attention or value_zeroing, which are of attention alone"
     refusal = four_parts(

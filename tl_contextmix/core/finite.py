@@ -25,8 +25,8 @@ def why_not_finite(where: str, dtype: torch.dtype, *, padded: bool = False) -> s
         what = "a mask in float64 turns into NaN in this model's own attention"
         remedy = (
             "Hugging Face takes the softmax in float32, where a row of float64's lowest numbers "
-            "has no maximum. Load the model in float32, pad on the right (padding_side='right'), "
-            "or give the text alone. "
+            "has no maximum. Load the model in float32, pad on the other side (padding_side=), or "
+            "give the text alone. "
         )
     elif dtype != torch.float32:
         remedy = f"Load the model in float32 instead of {dtype}. {_LOOK}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import Block, FeedForward, Identity, Trace, shift
 from tl_contextmix.core.experts import Experts
+from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import Scan, Unembedding, unembedding
 from tl_contextmix.errors import InvalidInput, UnsupportedModel
@@ -282,18 +283,21 @@ def _final_top(view: ModelView, trace: Trace, where: tuple[Tensor, ...], last: T
     """Returns the model's top tokens, from its logits where the pass has left them.
 
     Raises:
+        InvalidInput: If a logit is NaN or infinite.
         UnsupportedModel: If hooks edit the way from the last stream to the logits.
     """
-    hooked = view.hooked()
-    # Logits in half precision tie; what they are compared with is read in more digits.
-    if trace.logits is not None and not hooked and trace.logits.dtype == view.dtype:
+    hooked, own = view.hooked(), None
+    if trace.logits is not None:
         own = trace.logits[tuple(place.to(trace.logits.device) for place in where)]
+    # Blocks that are not asked about are not looked at, and NaN would be the highest.
+    require_predictions(last if own is None else own, padded=not bool(trace.batch.main.mask.all()))
+    # Logits in half precision tie; what they are compared with is read in more digits.
+    if own is not None and not hooked and own.dtype == view.dtype:
         return own.argmax(dim=-1).to(last.device)
     whole = Unembedding(view.readout, "model")
     final = whole.scan(whole.hidden(last), sides=1).ids[:, 0, 0]
-    if trace.logits is None:
+    if own is None:
         return final
-    own = trace.logits[tuple(place.to(trace.logits.device) for place in where)]
     own = own.to(final.device, view.dtype)
     found = own.gather(-1, final[:, None])[:, 0]
     best = own.amax(dim=-1)

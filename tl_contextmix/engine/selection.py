@@ -145,21 +145,29 @@ def _require_there(view: ModelView, found: Components) -> None:
         inside = (found.head < max(one.heads, 1)) & (found.neuron < one.neurons)
         known |= one.holds(found) & inside
     if not bool(known.all()):
-        _require_known(view, found.at(*(~known).nonzero()[0].tolist()))
+        first = (~known).nonzero()[0].tolist()
+        _require_known(view, found.at(*first))
+        every, layer = [*every_sublayer(view)], int(found.layer[first[0], first[1]])
+        here = [one for one in every if one.layer == layer]
         each: dict[tuple[str, int, int], list[Sublayer]] = {}
-        for one in every_sublayer(view):
+        for one in here or every:
             each.setdefault((one.kind, one.heads, one.neurons), []).append(one)
         listed = ", ".join(
-            f"{'experts of ' if some[0].expert >= 0 else ''}{kind} {heads} x {neurons}"
+            f"{_experts(some)}{kind} {heads} x {neurons}"
             for (kind, heads, neurons), some in each.items()
         )
+        where = f"layer {layer}" if here else f"its {len(view.blocks())} layers, the first being 0"
         raise InvalidInput(
             f"{view.name} has no such component",
-            found.label(*(~known).nonzero()[0].tolist()),
-            f"one of its {len(view.blocks())} layers, the first being 0: {listed} "
-            "(heads x neurons)",
+            found.label(*first),
+            f"one of {where}: {listed} (heads x neurons)",
             _REMEDY,
         )
+
+
+def _experts(some: Sequence[Sublayer]) -> str:
+    """Returns how many experts these are, as what stands before their sizes."""
+    return f"{len(some)} expert{'s' * (len(some) > 1)} of " if some[0].expert >= 0 else ""
 
 
 def _require_known(view: ModelView, one: Mapping[str, Any]) -> None:

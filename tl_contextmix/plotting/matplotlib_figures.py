@@ -284,7 +284,8 @@ def _sheet(axes: Axes, panel: Heatmap, sheet: Any, scale: Normalize) -> Any:
     )
     for edge in accumulate(length for _, length in panel.sides[:-1]):
         axes.axvline(edge, color="black", linewidth=0.6)
-    axes.set_aspect("equal" if 0.2 < sheet.shape[0] / sheet.shape[1] < 5 else "auto")
+    rows, columns = sheet.shape
+    axes.set_aspect("equal" if columns < 5 * rows and rows < 5 * columns else "auto")
     axes.tick_params(length=0, pad=2)
     return mesh
 

@@ -7,6 +7,7 @@ its own; the stylesheet of the page overrides them in a dark scheme.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -43,8 +44,11 @@ class Axis:
         # Bars stand on zero; curves may be far from it.
         finite += [] if finite and isinstance(chart, Curves) else [0.0]
         low, high = min(finite), max(finite)
-        if low == high:
-            return cls(min(0.0, low), max(0.0, high) or 1.0, (abs(low) or 1.0) / 2)
+        # Of numbers that are all one, or but for rounding, the scale begins or ends at zero.
+        if high - low <= max(1e-12 * max(-low, high), sys.float_info.min):
+            low, high = min(0.0, low), max(0.0, high)
+            high = high if high - low > sys.float_info.min else 1.0
+            return cls(low, high, (high - low) / 2)
         rough = (high - low) / 4
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)

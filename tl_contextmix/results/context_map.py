@@ -548,7 +548,8 @@ class ContextMap(LabelledArray):
         """Returns the columns of the first sentence that come after what its rows predict from."""
         if self.target.sides[0][0] != "prediction" or self.stack == "encoder":
             return None
-        own = torch.tensor([name != "encoder" for name in self.source.names()])
+        # Of a sentence that has only padding here, no column is left.
+        own = torch.tensor([name != "encoder" for name in self.source.names()], dtype=torch.bool)
         found = own & (self.source.positions()[0] > self.target.positions()[0][:, None])
         # Joined tokens have the position of the last.
         return found & (self.scores[0] == 0).flatten(0, 1).all(dim=0).cpu()

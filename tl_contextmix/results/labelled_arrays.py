@@ -307,10 +307,14 @@ class LabelledArray(Result):
             else:
                 coords[axis] = [*labels]
         arrays = {
-            name: (axes_of(type(self), name), as_array(getattr(self, name)))
-            for name in (*tensor_axes(type(self)), self._array)
+            name: (axes, as_array(getattr(self, name)))
+            for name, axes in tensor_axes(type(self)).items()
             if getattr(self, name) is not None
         }
+        # What is computed of the fields: what is shown, and columns of the table.
+        for name in (self._array, *self.COLUMNS.values()):
+            if name not in arrays and isinstance(values := getattr(self, name), torch.Tensor):
+                arrays[name] = (axes_of(type(self), name), as_array(values))
         about = ("point", "stack", "unit", "title", "caption")
         attributes = {name: getattr(self, name) for name in about if hasattr(self, name)}
         where = vars(self)["provenance"]

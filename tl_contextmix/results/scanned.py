@@ -27,10 +27,10 @@ from tl_contextmix.results.labels import Provenance
 
 if TYPE_CHECKING:
     import pandas
+    import xarray
 
 Level = Literal["layer", "head", "ff_neuron"]
 LEVELS: tuple[Level, ...] = ("layer", "head", "ff_neuron")
-_PLACE = ("layer", "head", "neuron")
 
 
 @storage.storable
@@ -141,8 +141,8 @@ class Scan(LabelledArray):
     ) -> list[dict[str, Any]]:
         """Returns the components with the largest means, largest first; biases are skipped.
 
-        Each has its name, level, layer, head and neuron (None where it has no meaning), mean,
-        interval and mean rank.
+        Each has its name, layer, head and neuron, of neurons of experts the expert (None where it
+        has no meaning), mean, interval and mean rank.
 
         Args:
             k: How many.
@@ -168,7 +168,7 @@ class Scan(LabelledArray):
             one = self.components.at(0, place)
             numbers = {"mean": self.mean[0], "low": low, "high": high, "mean_rank": self.mean_rank}
             values = {n: float(v.reshape(-1)[place]) for n, v in numbers.items()}
-            where = {name: one[name] for name in _PLACE}
+            where = {name: one[name] for name in self._place_columns()}
             rows.append({"component": self.components.label(0, place), **where, **values})
         return rows
 
@@ -226,27 +226,43 @@ class Scan(LabelledArray):
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per category and component.
 
-        Columns: category, prompts, component (its name), level, kind, layer, head, neuron (-1
-        where there is none), mean, low, high, rank, mean_rank.
+        Columns: category, prompts, component (its name), level, kind, layer, head, neuron, of
+        neurons of experts expert (-1 where there is none), mean, low, high, rank, mean_rank.
         """
         import numpy as np
         import pandas
 
         categories, count = self.mean.shape
-        table, levels = self.components, level_of(self.components)
-        labels = [table.label(0, place) for place in range(count)]
         frame: dict[str, Any] = {
             "category": np.repeat(np.array(self.categories, dtype=object), count),
             "prompts": np.repeat(as_array(self.prompts), count),
-            "component": labels * categories,
-            "level": [LEVELS[level] for level in levels.tolist()] * categories,
-            "kind": [KINDS[kind] for kind in table.kind[0].tolist()] * categories,
+            **{name: [*column] * categories for name, column in self._places().items()},
         }
-        for name in _PLACE:
-            frame[name] = np.tile(as_array(getattr(table, name)[0]), categories)
         for name in ("mean", "low", "high", "rank", "mean_rank"):
             frame[name] = as_array(getattr(self, name)).reshape(-1)
         return pandas.DataFrame(frame)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Returns every array of the result, with name, level, kind and place of each component."""
+        places = {
+            "component_name" if name == "component" else f"component_{name}": ("component", column)
+            for name, column in self._places().items()
+        }
+        return super().to_xarray().assign_coords(places)
+
+    def _places(self) -> dict[str, list[Any]]:
+        """Returns the columns that say which component each is."""
+        table, levels = self.components, level_of(self.components)
+        return {
+            "component": [table.label(0, place) for place in range(table.shape[1])],
+            "level": [LEVELS[level] for level in levels.tolist()],
+            "kind": [KINDS[kind] for kind in table.kind[0].tolist()],
+            **{name: getattr(table, name)[0].tolist() for name in self._place_columns()},
+        }
+
+    def _place_columns(self) -> tuple[str, ...]:
+        """Returns the columns that have a meaning: that of experts where there are any."""
+        return ("layer", "head", "neuron", *["expert"] * bool((self.components.expert >= 0).any()))
 
     # Words and pictures
 

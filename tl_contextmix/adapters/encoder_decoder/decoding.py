@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_contextmix.adapters.generation import empty_cache
 from tl_contextmix.adapters.running import lock_of
 from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.errors import InvalidInput, UnsupportedModel
@@ -119,7 +120,7 @@ class MemoryDecoder:
         loop = _Greedy(self.dtype)
         options: dict[str, Any] = {
             **_unrouted(self.model),
-            "past_key_values": _cache(),
+            "past_key_values": empty_cache(),
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
             "do_sample": False,
@@ -224,7 +225,7 @@ class MemoryDecoder:
         options["use_cache"] = self.stepwise
         if self.stepwise:
             pieces = [*pieces[0].split(1, dim=1)]
-            options["past_key_values"] = _cache()
+            options["past_key_values"] = empty_cache()
         with lock_of(self.owner):
             found = [
                 self.model(encoder_outputs=_encoded(memory), decoder_input_ids=piece, **options)
@@ -252,14 +253,6 @@ class MemoryDecoder:
         """Returns encoder states on the decoder's device, in its dtype."""
         first = next(self.model.get_decoder().parameters())
         return memory.to(first.device, first.dtype)
-
-
-def _cache() -> Any:
-    """Returns an empty cache of a decoder's keys and values."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
-    return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
 def _encoded(memory: Tensor) -> Any:

@@ -82,14 +82,15 @@ def log_prob_contributions(
     With a foil :math:`f`, :math:`\log p(w) - \log p(f)` takes the place of :math:`\log p(w)`. The
     softmax cancels: with the norm frozen and single tokens, scores are then differences of logits,
     linear in the stream, and those of heads, sources and neurons do add up, with the biases, to
-    their layer's; all of them and the first entry of the trajectory (the logits of no stream at
-    all, biases alone) to the model's own difference of logits. For sets
+    their layer's; those of layers and the first entry of the trajectory (the logits of no stream
+    at all, biases alone) to the model's own difference of logits. For sets
     :math:`p(w) = \sum_{u \in T} p(u)`. A soft cap of the logits or a masked-LM head is no linear
     map: sums by layer stay exact, those of heads and neurons have gaps.
 
     A `Direction` :math:`u` as the target takes the place of the tokens: scores are inner products
     :math:`\langle u, v \rangle` of what arrives at its point, after a norm with that norm frozen.
-    All of them and the first entry of the trajectory add up to the model's own, at every split.
+    Those of layers and the first entry of the trajectory add up to the model's own; those of every
+    split, to their layer's.
 
     Several predictions, as of an answer of several tokens, take one pass; `summed` adds them up.
 
@@ -106,7 +107,8 @@ def log_prob_contributions(
             router's weight), ``"ff_neuron"`` (an activation times a row of W_out) or
             ``"attn_neuron"`` (``pattern * value`` of one source, head and dimension, times a row
             of W_O: one neuron is a component for each source). Padding and, in a causal model,
-            later positions are no sources.
+            later positions are no sources. Only what is split is in the result: attention by head
+            and source, feed-forward by expert and neuron; ``"layer"`` has everything.
         norm: Rule for the final norm. ``"frozen"``: scale of the whole stream, no norm bias and
             no b_U (the authors' code). ``"frozen+beta"``: with both, so that the last state has
             the model's own log-probability. ``"recompute"``: the norm of each state, as the logit
