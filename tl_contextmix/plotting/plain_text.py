@@ -12,7 +12,8 @@ CELL = 60
 def describe(panel: Panel) -> str:
     """Returns the title of a panel and the numbers that stand out."""
     table = panel.table()
-    lines = ["  " + line for line in _aligned(table)] if table.rows else ["  There is nothing to show."]
+    texts = _aligned(table) if table.rows else ["There is nothing to show."]
+    lines = ["  " + line for line in texts]
     rest = [f"  … {len(lines) - 1 - LINES} more"] if len(lines) > LINES + 1 else []
     return "\n".join([panel.title, *lines[: LINES + 1], *rest])
 
