@@ -19,6 +19,7 @@ from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.engine.log_prob_scores import run_question
 from tl_contextmix.evaluation import blanked, demo_pairs
+from tl_contextmix.plotting.panels import Table
 from tl_contextmix.results import LogProbContributions
 
 TEXT = "the keys to the cabinet"
@@ -400,6 +401,29 @@ def test_several_predictions_of_a_sentence_add_up(tmp_path: Any) -> None:
     assert "11" not in whole.asked(0)
     with pytest.raises(cm.InvalidInput, match=r"cannot be added up.*\.summed\(\)\.top\(k\)"):
         found.top(2).summed()
+
+
+@pytest.mark.once
+def test_tables_of_several_predictions_join_on_sentence_and_position() -> None:
+    model, texts = cm.load_demo("causal-lm"), ["the keys to the cabinet", "the key is"]
+    options: dict[str, Any] = {"pos": [0, -1], "target": " are"}
+    found = cm.log_prob_contributions(model, texts, by="head", **options)
+    without = cm.knockout(model, texts, heads="L3H0", controls=0, **options)
+    tables = {
+        "scores": found.to_dataframe(),
+        "asked": cm.query_contributions(model, texts, neurons="L2N78", **options).to_dataframe(),
+        "cut": cm.attention_knockout(model, texts, **options).to_dataframe(),
+        "without": without.to_dataframe(),
+    }
+    places = [*zip(range(4), found.sentence.tolist(), found.pos.tolist(), strict=True)]
+    assert len({place[1:] for place in places}) == 4
+    for name, table in tables.items():
+        rows = table[["batch", "sentence", "pos"]].drop_duplicates()
+        assert [*rows.itertuples(index=False, name=None)] == places, name
+    (table,) = without.panels()
+    assert isinstance(table, Table)
+    assert table.columns[:3] == ("sentence", "position", "target")
+    assert [row[:2] for row in table.rows[::3]] == [place[1:] for place in places]
 
 
 @pytest.mark.once

@@ -188,6 +188,10 @@ def test_precision_and_device_are_those_asked_for(capsys):
         (("report", "causal-lm", ""), "empty"),
         (("report", "--triggers", "no folder", "causal-lm"), "no folder"),
         (("report", "-o", "missing/folder/page.html"), "the page cannot be written"),
+        # Before anything is computed.
+        (("report", "nowhere", "-o", "page.pdf"), "a name that ends in .html"),
+        (("scan", "nowhere", "rows.csv", "--page", "page.csv"), "Give another --page"),
+        (("scan", "nowhere", "rows.csv", "--page", "no/page.html"), "cannot be written"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -197,6 +201,31 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     assert len(err.splitlines()) == 1
     assert err.startswith("tl-contextmix: error: ")
     assert message in err
+
+
+def test_a_picture_is_refused_before_the_work_without_matplotlib(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tl_contextmix.plotting.matplotlib_export.find_spec", lambda name: None)
+    code, out, err = run(capsys, "attention", "nowhere", TEXT, "-o", str(tmp_path / "map.svg"))
+    assert (code, out) == (2, "")
+    assert 'pip install "tl-contextmix[figures]"' in err
+
+
+def test_what_an_output_cannot_write_is_escaped(monkeypatch):
+    asked, written = ("value-zeroing", "causal-lm", "é 🗝", "--layer", "2"), {}
+    for form in ("--csv", "--json"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main([*asked, form]) == 0
+        stream.flush()
+        written[form] = stream.buffer.getvalue().decode("cp1252")
+    expected = cm.value_zeroing(cm.load_demo("causal-lm"), asked[2], layer=2).to_dataframe()
+    words = expected.source_token.tolist()
+    rows = json.loads(written["--json"])["rows"]
+    assert [row["source_token"] for row in rows] == words
+    read = pandas.read_csv(io.StringIO(written["--csv"])).source_token
+    escaped = [word.encode("cp1252", "backslashreplace").decode("cp1252") for word in words]
+    assert escaped != words
+    assert read.tolist() == escaped
 
 
 def test_what_is_not_understood_is_said_on_one_line(capsys):

@@ -131,6 +131,11 @@ def test_an_address_brings_its_question_back(browser, address):
         assert ready == "layer 1"
         assert frame.locator(".words [aria-pressed=true]").first.text_content() == "·keys"
         assert page.locator("#methods").get_attribute("open") is not None
+        # Another address in the same window asks what it says, and no more.
+        page.goto(f"{address}#text=the%20key&show=mixing")
+        page.wait_for_function("document.getElementById('target').value === ''", timeout=5_000)
+        page.locator("#status", has_text=re.compile("^Done after")).wait_for()
+        assert page.evaluate("location.hash") == "#text=the+key&show=mixing"
         assert wrong == []
 
 

@@ -439,14 +439,15 @@ def test_empty_panels_say_so():
     panels = (
         heatmap(torch.zeros(1, 0, 0)),
         heatmap(torch.zeros(0, 2, 2)),
+        heatmap(torch.full((1, 2, 2), torch.nan)),
         Bars("bars", "", (), ()),
         Curves("curves", "", (), ()),
         Table("table", "", ("a",), ()),
         ColoredText("text", "", (), ()),
     )
     page = Page(panels)
-    assert Parsed(page.html()).text.count("There is nothing to show") >= 4
-    assert page.text()
+    assert Parsed(page.html()).text.count("There is nothing to show") >= 5
+    assert page.text().count("There is nothing to show") == len(panels)
 
 
 def test_circuitsvis_is_asked_for_no_more_than_it_can_draw():

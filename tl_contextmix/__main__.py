@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # These libraries log about calls that the user did not write.
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    # Tokens have characters that a redirected output on Windows has not (cp1252).
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if "--quiet" in listed else "always", ContextMixWarning)
         warnings.showwarning = _EachOnce()

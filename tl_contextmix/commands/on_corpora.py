@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tl_contextmix.adapters.loading import load_model
-from tl_contextmix.commands.output_options import add_output, wanted
+from tl_contextmix.commands.output_options import add_output, require_written, wanted
 from tl_contextmix.commands.shared_options import (
     Resumable,
     add_model,
@@ -55,6 +55,8 @@ def scan(model: str, rows: str, page: str | None, **given: Any) -> None:
     command to resume.
     """
     want = wanted(given, endings=())
+    if page is not None:
+        require_written(page, (".html",), "--page")
     found = scanning(
         load_model(model, **load_options(given)),
         rows,

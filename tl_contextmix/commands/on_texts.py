@@ -23,7 +23,7 @@ from tl_contextmix.commands.shared_options import (
 )
 from tl_contextmix.exploring import HOST, MAX_GIB
 from tl_contextmix.exploring import explore as exploring
-from tl_contextmix.plotting import Page, require_writable
+from tl_contextmix.plotting import Page
 from tl_contextmix.plotting.display_text import visible
 from tl_contextmix.reporting.comparison_section import COMPARED, COMPARISON_PATH, compared_page
 from tl_contextmix.reporting.sections import SECTIONS
@@ -89,8 +89,7 @@ def report(model: str | None, text: str | None, opened: bool, sections: Any, **g
     encoder-decoder; without TEXT, about an example. Prints where the page is; as JSON, what it
     finds, too.
     """
-    want = wanted(given, endings=())
-    require_writable(str(want.output))
+    want = wanted(given, endings=(".html",))
     loading = load_options(given)
     loaded = load_model(model or reporting.DEFAULT_MODEL, **loading) if loading else model
     question = asked(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import click
 
 from tl_contextmix.commands.shared_options import Decorator, together
 from tl_contextmix.errors import InvalidInput
-from tl_contextmix.plotting import require_writable
+from tl_contextmix.plotting import require_matplotlib, require_writable
 
 _PICTURES = (".pdf", ".svg", ".png")
 ENDINGS = (".html", ".json", ".csv", ".safetensors", *_PICTURES)
@@ -41,6 +42,10 @@ class Wanted:
         """
         if self.as_json:
             text = as_text(found, ".json") if facts is None else json.dumps(facts, **_JSON)
+            try:
+                text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+            except UnicodeEncodeError:
+                text = json.dumps(json.loads(text))
             click.echo(text)
         elif self.csv:
             click.echo(as_text(found, ".csv"))
@@ -100,15 +105,26 @@ def wanted(given: dict[str, Any], *, endings: tuple[str, ...] = ENDINGS) -> Want
     """
     output, as_json, quiet = given.pop("output", None), given.pop("as_json"), given.pop("quiet")
     if output is not None and endings:
-        if Path(output).suffix not in endings:
-            raise InvalidInput(
-                "a result cannot be written in this form",
-                repr(output),
-                f"a name that ends in {', '.join(endings)}",
-                "Give another --output.",
-            )
-        require_writable(output)
+        require_written(output, endings, "--output")
     return Wanted(output, as_json, given.pop("csv", False), quiet)
+
+
+def require_written(path: str, endings: tuple[str, ...], option: str) -> None:
+    """Checks, before the work, that a file can be written in the form that its name asks for.
+
+    Raises:
+        ContextMixError: If it cannot be.
+    """
+    if (form := Path(path).suffix) not in endings:
+        raise InvalidInput(
+            "a result cannot be written in this form",
+            repr(path),
+            f"a name that ends in {', '.join(endings)}",
+            f"Give another {option}.",
+        )
+    require_writable(path)
+    if form in _PICTURES:
+        require_matplotlib()
 
 
 def as_text(found: Any, form: str) -> str:

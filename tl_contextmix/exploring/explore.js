@@ -27,8 +27,9 @@
 
   function readAddress() {
     const parts = new URLSearchParams(location.hash.slice(1));
-    for (const name of ["text", "target", "foil", "pos", "generate"])
-      if (parts.has(name)) at(name).value = parts.get(name);
+    // What another address asked is not asked by this one.
+    if (parts.has("text"))
+      for (const name of ["text", "target", "foil", "pos", "generate"]) at(name).value = parts.get(name) ?? "";
     for (const details of document.querySelectorAll("details"))
       details.open ||= [...details.querySelectorAll("input")].some((one) => parts.has(one.id));
     if (parts.has("show")) {

@@ -36,6 +36,8 @@ def draw(panel: Heatmap, charts: Charts) -> str:
     still = "" if charts.framed else f"<noscript>{stills.fallback(panel)}</noscript>"
     table = markup.scroll(tables.grid(panel.table()), f"{panel.title}, the largest numbers")
     numbers = markup.details("The largest numbers", table)
+    if not panel.survey.top:
+        numbers = markup.note("There is nothing to show: no cell has a number.")
     body = [f'<div class="map">{data}{still}</div>', _remark(panel), numbers]
     wide = len(panel.columns) > NARROW
     return markup.figure("heatmap", panel.title, panel.caption, body, wide=wide)

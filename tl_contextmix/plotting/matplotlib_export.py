@@ -37,13 +37,7 @@ def draw_figure(
         chosen = [panels[_place("panel", panel, len(panels), expected, remedy)]]
     maps = [one for one in chosen if isinstance(one, Heatmap)] or chosen
     chosen = [_one_sheet(one, sheet) if one in maps else one for one in chosen]
-    if find_spec("matplotlib") is None:
-        raise ContextMixError(
-            "a figure needs the package matplotlib",
-            "none installed",
-            "matplotlib 3.11 or later",
-            'Install it: pip install "tl-contextmix[figures]". show() needs nothing.',
-        )
+    require_matplotlib()
     from tl_contextmix.plotting.matplotlib_figures import draw, draw_into
 
     for one in chosen:
@@ -59,6 +53,17 @@ def draw_figure(
         )
     draw_into(ax, chosen[0], fonts)
     return ax.figure.figure
+
+
+def require_matplotlib() -> None:
+    """Raises ContextMixError if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise ContextMixError(
+            "a figure needs the package matplotlib",
+            "none installed",
+            "matplotlib 3.11 or later",
+            'Install it: pip install "tl-contextmix[figures]". show() needs nothing.',
+        )
 
 
 def _require_place(panel: Panel, ax: object, width: object) -> None:

@@ -11,7 +11,9 @@ CELL = 60
 
 def describe(panel: Panel) -> str:
     """Returns the title of a panel and the numbers that stand out."""
-    lines = ["  " + line for line in _aligned(panel.table())]
+    table = panel.table()
+    texts = _aligned(table) if table.rows else ["There is nothing to show."]
+    lines = ["  " + line for line in texts]
     rest = [f"  … {len(lines) - 1 - LINES} more"] if len(lines) > LINES + 1 else []
     return "\n".join([panel.title, *lines[: LINES + 1], *rest])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tl_contextmix.core.statistics import bootstrap_interval, spearman
 from tl_contextmix.core.validation import require_choice
@@ -41,6 +41,8 @@ class Knockout(Result):
         best: The most probable token of each sentence once they are out.
         provenance: Where the numbers come from.
         foil: What the target is contrasted with, or None.
+        pos: Position of each prediction.
+        sentence: Row of the input of each prediction.
     """
 
     LABELS = {"component": "components", "quantity": QUANTITIES}
@@ -53,6 +55,9 @@ class Knockout(Result):
     best: Tokens
     provenance: Provenance
     foil: Tokens | None = None
+    # None in files of 0.1.0, where each row is a sentence.
+    pos: Int[torch.Tensor, " batch"] | None = None
+    sentence: Int[torch.Tensor, " batch"] | None = None
 
     def __repr__(self) -> str:
         return f"Knockout of {self._count()} components\n{as_text(self.summary())}"
@@ -64,16 +69,19 @@ class Knockout(Result):
         return str(most) if least == most else f"{least} to {most}"
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per sentence and quantity: before, after, mean over random controls."""
+        """Returns one row per prediction and quantity: before, after, mean over random controls."""
         import pandas
 
         found = []
         for row, best in enumerate(self.best.strings):
+            where = {"sentence": row if self.sentence is None else int(self.sentence[row])}
+            where |= {} if self.pos is None else {"pos": int(self.pos[row])}
             for index, name in enumerate(QUANTITIES):
                 when = {w: float(values[row, index]) for w, values in self._times().items()}
                 found.append(
                     {
                         "batch": row,
+                        **where,
                         "target": self.target.alternatives(row),
                         **({} if self.foil is None else {"foil": self.foil.alternatives(row)}),
                         "quantity": name,
@@ -103,14 +111,14 @@ class Knockout(Result):
         return pandas.DataFrame(rows, columns=["quantity", "when", "mean", "low", "high"])
 
     def panels(self) -> tuple[Panel, ...]:
-        """Returns the table of each sentence."""
-        frame = self.to_dataframe()
+        """Returns the table of each prediction."""
+        frame = self.to_dataframe().drop(columns="batch").rename(columns={"pos": "position"})
         return (
             Table(
                 title=f"{self._count()} components ablated",
                 caption="The target before, after, and with as many random components of the same "
                 f"kinds ablated (mean of {self.controls.shape[1]} draws).",
-                columns=("sentence", *(name.replace("_", " ") for name in frame.columns[1:])),
+                columns=tuple(name.replace("_", " ") for name in frame.columns),
                 rows=tuple(map(tuple, frame.to_numpy().tolist())),
             ),
         )

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix.plotting.panels import Curves, Heatmap, Panel
 from tl_contextmix.results import storage
+from tl_contextmix.results.axes import as_array
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens, asked_words
+
+if TYPE_CHECKING:
+    import pandas
 
 # More lines than this in one chart cannot be told apart.
 _CURVES = 8
@@ -110,6 +115,17 @@ class AttentionKnockout(LabelledArray):
 
     def __repr__(self) -> str:
         return "\n".join([super().__repr__(), *(f"  {text}" for text in self.sentences[:3])])
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per number, with labels; padding is omitted.
+
+        Columns: batch (the prediction), its sentence in the input and its position, the other axes,
+        the source's text, the numbers.
+        """
+        frame = super().to_dataframe()
+        for place, name in enumerate(("sentence", "pos"), 1):
+            frame.insert(place, name, as_array(getattr(self, name))[frame.batch])
+        return frame
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns, for each prediction, curves over layers, one for each source group.

@@ -174,6 +174,9 @@ class ComponentSet(LabelledArray):
             table = np.array(side.strings, dtype=object).reshape(batch, -1)
             words[chosen] = table[frame.batch[chosen], frame.source[chosen]]
         frame["source_token"] = words
+        sentence = getattr(self, "sentence", None)
+        if sentence is not None:
+            frame.insert(1, "sentence", as_array(sentence)[frame.batch])
         return frame
 
     def _place_columns(self) -> tuple[str, ...]:
@@ -188,8 +191,9 @@ class ComponentSet(LabelledArray):
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per component; those without a score are omitted.
 
-        Columns: batch, kind, layer, pos, head, source, neuron, in models that have any expert (-1
-        where there is none), source_token; the numbers, the score last.
+        Columns: batch (the prediction), sentence (of the input), kind, layer, pos, head, source,
+        neuron, in models that have any expert (-1 where there is none), source_token; the numbers,
+        the score last.
         """
         frame = self._frame()
         for name, field in self.COLUMNS.items():

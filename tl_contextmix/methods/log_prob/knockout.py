@@ -100,6 +100,8 @@ def knockout(
         target=label_sets(view, contrast.target),
         foil=None if contrast.foil is None else label_sets(view, contrast.foil),
         best=label_sets(view, [*after.argmax(dim=-1)[:, None]]),
+        pos=question.rows,
+        sentence=question.sentences,
         provenance=forward_pass.provenance(
             "knockout",
             {
