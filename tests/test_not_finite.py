@@ -104,6 +104,15 @@ def test_memories_below_a_layer_that_is_not_finite_say_so(projection: Any) -> No
     cm.ff_memories(model, TEXTS, layer=0, projection=projection, padding_side="left")
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_memories_of_a_cache_whose_last_state_is_not_finite_say_so(wrong: float) -> None:
+    model = zoo.shared(case_of("gpt2"))
+    cache = model.run_with_cache(IDS)[1]
+    cache.cache_dict[view_of(model).blocks()[-1].resid_out][0, 1, 3] = wrong
+    with pytest.raises(cm.InvalidInput, match="not finite"):
+        cm.ff_memories(model, IDS, layer=0, cache=cache)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 2}, {"mode": "teacher_forced"}, {"mode": "scores", "target": [7]}]
 )

@@ -78,10 +78,15 @@ def load(model: Any, family: str) -> Any:
     return cm.load_model(model, tokenizer=zoo_build.load_tokenizer(FAMILIES[family]))
 
 
-def test_adapters_that_transformers_put_into_a_model_are_merged_in_a_copy() -> None:
+@pytest.mark.parametrize(
+    "further", [{}, {"modules_to_save": ["mlp"]}, {"trainable_token_indices": [3, 9]}]
+)
+def test_adapters_that_transformers_put_into_a_model_are_merged_in_a_copy(
+    further: dict[str, Any],
+) -> None:
     hf, tokens = zoo.hf_model("llama"), words(6)
     modules = ["q_proj", "o_proj"]
-    hf.add_adapter(peft.LoraConfig(r=2, target_modules=modules, init_lora_weights=False))
+    hf.add_adapter(peft.LoraConfig(r=2, target_modules=modules, init_lora_weights=False, **further))
     hf.double().eval()
     merged = load(hf, "llama")
     with torch.no_grad():
@@ -98,6 +103,11 @@ def test_what_cannot_be_merged_is_refused() -> None:
         model.disable_adapter(),
         pytest.raises(cm.UnsupportedModel, match="that are disabled.*load the base model"),
     ):
+        load(model, "llama")
+    model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    model.base_model.merge_adapter(["other"])
+    with pytest.raises(cm.UnsupportedModel, match="or some of them.*unmerge_adapter"):
         load(model, "llama")
     packed = adapted("llama", "q_proj")
     layer = packed.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer()

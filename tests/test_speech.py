@@ -262,6 +262,8 @@ def test_frames_are_joined_to_words_by_their_times() -> None:
     # Of 0.17 seconds the convolutions make no frame of the end.
     whole = found.words([(0.0, 0.1), (0.1, 0.17)], per_second=50)
     assert torch.equal(whole.scores, found.words([(0, 5), (5, 8)]).scores)
+    last = found.words([(0.0, 0.155), (0.155, 0.16)], per_second=50)  # within the last frame
+    assert torch.equal(last.scores, found.words([(0, 8), (7, 8)]).scores)
     for beyond in [(0.1, 0.2), (0.16, 0.18)]:
         with pytest.raises(cm.InvalidInput, match="beyond the sound.*up to 0.16 seconds"):
             found.words([beyond], per_second=50)

@@ -48,9 +48,13 @@ def unmerged(layer: Any) -> bool:
         return False
     if getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False):
         return False
+    return bool(active_in(layer))
+
+
+def active_in(layer: Any) -> set[str]:
+    """Returns the active adapters of those that a layer has: others may have none here."""
     active = getattr(layer, "active_adapters", ())
-    own = getattr(layer, "_get_available_adapters", lambda: active)()
-    return bool({*active} & {*own})  # others may have adapters here that are not active
+    return {*active} & {*getattr(layer, "_get_available_adapters", lambda: active)()}
 
 
 def layer_of(module: nn.Module, name: str) -> nn.Module | None:

@@ -66,7 +66,9 @@ def _by_hugging_face(model: Any, batch: Batch, count: int, device: torch.device)
         given[name] = value[:, batch.main.mask[0]].to(device)
     if decoder_ids:
         given["decoder_input_ids"] = prompt
-        if settings.use_cache is not False:
+        # Else it puts its own start before a prompt that begins with another token.
+        settings.decoder_start_token_id = int(prompt[0, 0])
+        if settings.use_cache is not False and settings.cache_implementation is None:
             given["past_key_values"] = empty_cache()
     if settings.stop_strings:
         given["tokenizer"] = getattr(model, "tokenizer", None)

@@ -189,6 +189,11 @@ def frames_of(times: object, per_second: int | float, length: int) -> list[tuple
             "pairs (start, stop) of seconds, with per_second above 0",
             "Take them from a forced alignment.",
         )
+    # What begins within the last frame may be nearest to the one behind it.
+    found = [
+        (start - (start == length and first * per_second < length), stop)
+        for (start, stop), (first, _) in zip(found, pairs, strict=True)
+    ]
     found = [(start, max(stop, start + 1)) for start, stop in found]
     beyond = [n for n, (start, stop) in enumerate(found) if start >= length or stop > length + 1]
     if beyond:

@@ -290,7 +290,8 @@ def _final_top(view: ModelView, trace: Trace, where: tuple[Tensor, ...], last: T
     if trace.logits is not None:
         own = trace.logits[tuple(place.to(trace.logits.device) for place in where)]
     # Blocks that are not asked about are not looked at, and NaN would be the highest.
-    require_predictions(last if own is None else own, padded=not bool(trace.batch.main.mask.all()))
+    said, padded = last.abs() if own is None else own, not bool(trace.batch.main.mask.all())
+    require_predictions(said, padded=padded)
     # Logits in half precision tie; what they are compared with is read in more digits.
     if own is not None and not hooked and own.dtype == view.dtype:
         return own.argmax(dim=-1).to(last.device)

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from tl_contextmix.adapters.attention_weights import active_in
 from tl_contextmix.adapters.loading.bridge import load_bridge
 from tl_contextmix.adapters.loading.hooked import load_hooked
 from tl_contextmix.adapters.loading.source import (
@@ -193,12 +194,13 @@ def _merged(model: Any) -> Any:
     if packed := quantized_in(model):
         raise QUANTIZED.error(packed)
     # PEFT would merge those that are off, too.
-    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+    if any(map(_left_out, model.modules())):
         raise UnsupportedModel(
             "cannot merge adapters that are disabled",
             f"a {type(model).__name__} whose adapters are off, or some of them",
             "adapters that the model computes with",
-            "Enable them; for the model without them, load the base model.",
+            "Enable them (unmerge_adapter() where others alone are merged); for the model without "
+            "them, load the base model.",
         )
     try:
         found = copy.deepcopy(model)
@@ -215,28 +217,34 @@ def _merged(model: Any) -> Any:
         ) from error
 
 
-def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the layers of a model that have adapters, with their paths."""
-    for path, layer in [*model.named_modules()]:
-        if callable(getattr(layer, "get_base_layer", None)):
-            yield path, layer
+def _left_out(layer: Any) -> bool:
+    """Returns whether a layer computes without adapters that are active."""
+    if getattr(layer, "disable_adapters", False) is True:
+        return True
+    merged = {*getattr(layer, "merged_adapters", ())}
+    return bool(merged and active_in(layer) - merged)
 
 
 def _untie(model: Any) -> None:
     """Gives layers that have adapters weights of their own: others that are tied have none."""
-    for _, layer in _adapted(model):
-        base = layer.get_base_layer()
-        for name, weight in [*base.named_parameters(recurse=False)]:
-            own = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
-            setattr(base, name, own)
+    for layer in [*model.modules()]:
+        if callable(getattr(layer, "get_base_layer", None)):
+            base = layer.get_base_layer()
+            for name, weight in [*base.named_parameters(recurse=False)]:
+                own = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+                setattr(base, name, own)
 
 
 def _unloaded(model: Any) -> Any:
     """Returns a model of transformers with the adapters that it holds merged."""
-    for path, layer in _adapted(model):
-        layer.merge()
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.get_base_layer())
+    for name, layer in [*model.named_children()]:
+        if callable(unload := getattr(layer, "unload_and_optionally_merge_module", None)):
+            setattr(model, name, unload(merge=True, safe_merge=False, adapter_names=None))
+        elif callable(getattr(layer, "get_base_layer", None)):
+            layer.merge()
+            setattr(model, name, layer.get_base_layer())
+        else:
+            _unloaded(layer)
     return model
 
 
