@@ -286,6 +286,25 @@ def test_a_host_that_keeps_the_wrong_keys_runs_whole(
 
 
 @pytest.mark.once
+def test_a_cut_is_compared_with_a_run_like_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = shared(case_of("gpt2"))
+    plain = ModelView.run
+
+    def run(view: ModelView, batch: Batch, *args: Any, **options: Any) -> Any:
+        trace = plain(view, batch, *args, **options)
+        if batch.past is None or trace.logits is None:
+            return trace
+        return replace(trace, logits=trace.logits * (1 + 1e-6))  # rounded in another way
+
+    monkeypatch.setattr(ModelView, "run", run)
+    options: dict[str, Any] = {"target": 9, "pos": [-2, -1], "to": 3}
+    found = cm.attention_knockout(model, given.tokens, **options)
+    assert float(found.changes.abs().max()) > 1e-3
+    behind = found.changes[..., 4:]
+    torch.testing.assert_close(behind, torch.zeros_like(behind), atol=1e-12, rtol=0)
+
+
+@pytest.mark.once
 def test_a_source_is_a_position_of_each_text(causal: Any) -> None:
     texts = ["the keys to the cabinet", "the key"]
     nouns = cm.attention_knockout(causal, texts, sources=2, target=" is", foil=" are")

@@ -31,6 +31,7 @@ class CopiedRuns:
         sources: The positions that these can read.
         at_once: How many copies run together.
         run: Runs copies.
+        uncut: The logits of the predictions without edits, of runs like these.
     """
 
     question: Question
@@ -40,6 +41,7 @@ class CopiedRuns:
     sources: slice
     at_once: int
     run: Run
+    uncut: Float[Tensor, "row d_vocab"]
 
     def edges(
         self, members: Bool[Tensor, "batch group source"], readers: Bool[Tensor, "batch target"]
@@ -91,6 +93,7 @@ def copied_runs(
             sources=slice(None),
             at_once=1 if hooked else max(1, max_bytes // run_bytes(forward_pass)),
             run=whole,
+            uncut=question.read(logits),
         )
     ]
 
@@ -120,12 +123,14 @@ def _from_the_first_change(
         if saved <= 0 or not bool(batch.main.mask[rows, sources].all()):
             return None
         try:
-            runs = _last_positions(forward_pass, question, rows, targets, sources, max_bytes)
-            if not _alike(forward_pass, runs, logits[rows, targets]):
-                return None
+            runs = _last_positions(
+                forward_pass, question, rows, targets, sources, logits[rows, targets], max_bytes
+            )
         except torch.OutOfMemoryError:
             raise
         except Exception:  # of a host that keeps nothing, or not this way
+            return None
+        if runs is None:
             return None
         found.append(runs)
     return found
@@ -147,9 +152,13 @@ def _last_positions(
     rows: list[int],
     targets: slice,
     sources: slice,
+    logits: Float[Tensor, "row target d_vocab"],
     max_bytes: int,
-) -> CopiedRuns:
-    """Returns runs of the last positions of some sentences; the host keeps what they read."""
+) -> CopiedRuns | None:
+    """Returns runs of the last positions of some sentences; the host keeps what they read.
+
+    None if without a change they do not have these logits, those of the whole pass.
+    """
     view = forward_pass.view
     assert view.past is not None
     past = view.past(len(rows))
@@ -174,15 +183,23 @@ def _last_positions(
         rows=some.rows - targets.start,
     )
     length = sources.stop - sources.start
+    found = _alike(forward_pass, run, own.batch, length, logits)
+    if found is None:
+        return None
     kept = sum(2 * length * block.d_model for block in view.blocks()) * view.dtype.itemsize
     size = len(rows) * (row_bytes(view, targets.stop - targets.start, length) + kept)
-    return CopiedRuns(own, places, rows, targets, sources, max(1, max_bytes // size), run)
+    at_once = max(1, max_bytes // size)
+    return CopiedRuns(own, places, rows, targets, sources, at_once, run, uncut=own.read(found))
 
 
 def _alike(
-    forward_pass: Pass, runs: CopiedRuns, logits: Float[Tensor, "row target d_vocab"]
-) -> bool:
-    """Whether runs without a change have the logits and the patterns' shape of the whole pass."""
+    forward_pass: Pass,
+    run: Run,
+    batch: Batch,
+    length: int,
+    logits: Float[Tensor, "row target d_vocab"],
+) -> Float[Tensor, "row target d_vocab"] | None:
+    """Returns logits of a run without a change; None if these or the patterns' shape are others."""
     shapes = set()
 
     def look(pattern: Tensor) -> Tensor:
@@ -190,9 +207,7 @@ def _alike(
         return pattern
 
     names = [block.attention(forward_pass.kind).pattern for block in forward_pass.view.blocks()]
-    found = runs.run(runs.question.batch, dict.fromkeys(names, look))
-    lengths = (logits.shape[1], runs.sources.stop - runs.sources.start)
-    if shapes != {lengths}:
-        return False
+    found = run(batch, dict.fromkeys(names, look))
     limit = forward_pass.view.tolerance * logits.abs().amax()
-    return logits.is_meta or bool((found - logits).abs().amax() <= limit)
+    alike = logits.is_meta or bool((found - logits).abs().amax() <= limit)
+    return found if alike and shapes == {(logits.shape[1], length)} else None

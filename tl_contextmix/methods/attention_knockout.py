@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Unpack
@@ -24,6 +24,7 @@ from tl_contextmix.adapters.questions import (
     split_answer,
 )
 from tl_contextmix.core.blocks import Batch
+from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.model_view import Edit, StackName
 from tl_contextmix.core.token_sums import beside, blocks
 from tl_contextmix.core.validation import Layers, Positive, whole_number
@@ -115,17 +116,18 @@ def attention_knockout(
         output = _logits(forward_pass, {})
         logits = question.read(output)
         contrast = question.contrast(logits)
-        before = torch.stack([contrast.score(logits), contrast.score(logits, "prob")])
-        scores = before.new_empty(2, len(cuts), len(logits))
         every = copied_runs(forward_pass, question, readers, output, len(cuts), max_bytes, whole)
+        before = logits.new_empty(2, len(logits))
+        for runs in every:
+            before[:, runs.places] = _scores(contrast.at(runs.places), runs.uncut)
+        scores = before.new_empty(2, len(cuts), len(logits))
         parts = [(runs, part) for runs in every for part in blocks(len(cuts), runs.at_once)]
         for runs, part in tqdm(
             parts, desc="attention_knockout", delay=2, leave=False, disable=None
         ):
             some, edges = cuts[part], runs.edges(members, readers)
             read = runs.read(len(some), _edits(forward_pass, *edges, some))
-            asked = contrast.at(runs.places).repeat(len(some))
-            both = torch.stack([asked.score(read), asked.score(read, "prob")])
+            both = _scores(contrast.at(runs.places).repeat(len(some)), read)
             scores[:, part, runs.places] = both.view(2, len(some), -1)
     sizes = (2, len(windows), len(names), members.shape[1], len(logits))
     log_probs, probs = scores.view(sizes).movedim(-1, 1)
@@ -171,6 +173,11 @@ def _readers(forward_pass: Pass, question: Question, to: object) -> Bool[Tensor,
     if to is None or (isinstance(to, str) and to == "all"):
         return forward_pass.target.mask
     return find_groups("to", forward_pass.target, {"": to}).members[:, 0]
+
+
+def _scores(contrast: Contrast, logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "2 row"]:
+    """Returns log-probabilities and probabilities."""
+    return torch.stack([contrast.score(logits), contrast.score(logits, "prob")])
 
 
 def _logits(forward_pass: Pass, edits: Mapping[str, Edit]) -> Tensor:
