@@ -219,18 +219,21 @@ CAUSAL = [case for case in zoo.cases() if not (case.encoder_decoder or case.both
 
 
 @pytest.mark.parametrize("case", CAUSAL, ids=str)
+@pytest.mark.parametrize(("pos", "to", "runs"), [([-2, -1], [3, -1], 3), ([2, 3], [2, 4], 2)])
 def test_only_what_a_cut_reaches_runs_again(
-    case: zoo.Case, monkeypatch: pytest.MonkeyPatch
+    case: zoo.Case, pos: Any, to: Any, runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """From the first position that reads something else to the last prediction."""
     model, given = shared(case)
-    options: dict[str, Any] = {"target": 9, "foil": 5, "pos": [-2, -1], "to": [3, -1], "window": 2}
+    options: dict[str, Any] = {"target": 9, "foil": 5, "pos": pos, "to": to, "window": 2}
     view_of(model)
     ran = shapes_of_runs(monkeypatch)
     found = cm.attention_knockout(model, given.tokens, heads=[[0], [1]], **options)
-    assert ran == [(2, 6), (2, 3), (2, 3), (2 * found.changes[0].numel(), 3)]
+    cuts = 2 * found.changes[0].numel()
+    assert ran == [(2, 6), (2, to[0]), (2, runs), (cuts, runs)]
     monkeypatch.setattr("tl_contextmix.engine.copied_runs._from_the_first_change", nothing)
     whole = cm.attention_knockout(model, given.tokens, heads=[[0], [1]], **options)
-    assert ran[-1] == (2 * found.changes[0].numel(), 6)
+    assert ran[-1] == (cuts, 6)
     limit = max(1e-10, bound(case))
     torch.testing.assert_close(found.changes, whole.changes, atol=limit, rtol=0)
     torch.testing.assert_close(found.probs, whole.probs, atol=limit, rtol=0)

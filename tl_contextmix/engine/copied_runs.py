@@ -67,8 +67,9 @@ def copied_runs(
     """Returns runs whose edits change what some positions read, for every prediction once.
 
     Positions before the first of these stay as they are. Where the host keeps keys and values, only
-    those after them run, sentences of one length together, if that is less work. It is relied on
-    once it has been seen: without edits the logits have to be those of the whole pass.
+    those from there to the last prediction run, sentences of one length together, if that is less
+    work. It is relied on once it has been seen: without edits the logits have to be those of the
+    whole pass.
 
     Args:
         forward_pass: A pass over the sentences.
@@ -106,7 +107,7 @@ def _from_the_first_change(
     copies: int,
     max_bytes: int,
 ) -> list[CopiedRuns] | None:
-    """Returns runs of the last positions alone; None where the host cannot."""
+    """Returns runs of no more positions than are needed; None where the host cannot."""
     view, batch = forward_pass.view, question.batch
     causal = [*view.stacks] == ["decoder"] and all(block.attentions for block in view.blocks())
     if view.past is None or not causal or batch.further or view.hooked():
@@ -114,16 +115,19 @@ def _from_the_first_change(
     run_at = changed.clone()
     run_at[question.sentences, question.rows] = True
     found = []
-    for rows, sources in _equally_long(batch.main.mask):
+    places = [*zip(question.sentences.tolist(), question.rows.tolist(), strict=True)]
+    for rows, columns in _equally_long(batch.main.mask):
+        # What comes after the last prediction changes none.
+        sources = slice(columns.start, 1 + max(row for one, row in places if one in rows))
         start = int(run_at[rows].any(dim=0).int().argmax())
         targets = slice(start, sources.stop)
-        before, after = start - sources.start, sources.stop - start
-        # One run without a cut comes first.
-        saved = copies * before - before - after
-        if saved <= 0 or not bool(batch.main.mask[rows, sources].all()):
+        before, after = start - columns.start, sources.stop - start
+        # The positions before, and a run without a cut, come first.
+        saved = copies * (columns.stop - columns.start - after) - before - after
+        if min(before, saved) <= 0 or not bool(batch.main.mask[rows, columns].all()):
             return None
         try:
-            runs = _last_positions(
+            runs = _later_positions(
                 forward_pass, question, rows, targets, sources, logits[rows, targets], max_bytes
             )
         except torch.OutOfMemoryError:
@@ -146,7 +150,7 @@ def _equally_long(mask: Bool[Tensor, "batch pos"]) -> Iterator[tuple[list[int], 
         yield rows, slice(*columns)
 
 
-def _last_positions(
+def _later_positions(
     forward_pass: Pass,
     question: Question,
     rows: list[int],
@@ -155,7 +159,7 @@ def _last_positions(
     logits: Float[Tensor, "row target d_vocab"],
     max_bytes: int,
 ) -> CopiedRuns | None:
-    """Returns runs of the last positions of some sentences; the host keeps what they read.
+    """Returns runs of some positions of equally long sentences; the host keeps what they read.
 
     None if without a change they do not have these logits, those of the whole pass.
     """

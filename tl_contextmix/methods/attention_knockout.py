@@ -93,9 +93,9 @@ def attention_knockout(
         UnsupportedModel: If the model has no vocabulary readout, or its patterns cannot be edited.
 
     Cost: a forward pass, and a run for each window, group of heads and group of sources, batched.
-    In a causal model a run is of the positions from the first of ``to`` on (by default, of the last
-    one alone), which read the keys and values of those before it; elsewhere, and where the model
-    carries hooks, it is a forward pass.
+    In a causal model a run is of the positions from the first of ``to`` to the last that predicts
+    (by default, of that one alone), which read the keys and values of those before; elsewhere, and
+    where the model carries hooks, it is a forward pass.
     """
     view = name_tokens(as_view(model), inputs.get("labels"))
     view.readout.require()
