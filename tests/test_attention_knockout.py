@@ -231,7 +231,7 @@ def test_only_what_a_cut_reaches_runs_again(
     found = cm.attention_knockout(model, given.tokens, heads=[[0], [1]], **options)
     cuts = 2 * found.changes[0].numel()
     assert ran == [(2, 6), (2, to[0]), (2, runs), (cuts, runs)]
-    monkeypatch.setattr("tl_contextmix.engine.copied_runs._from_the_first_change", nothing)
+    monkeypatch.setattr("tl_contextmix.engine.copied_runs._stretches", nothing)
     whole = cm.attention_knockout(model, given.tokens, heads=[[0], [1]], **options)
     assert ran[-1] == (cuts, 6)
     limit = max(1e-10, bound(case))
@@ -239,8 +239,9 @@ def test_only_what_a_cut_reaches_runs_again(
     torch.testing.assert_close(found.probs, whole.probs, atol=limit, rtol=0)
 
 
-def nothing(*_: object) -> None:
-    """Returns no runs of the last positions."""
+def nothing(*_: object) -> list[object]:
+    """Returns no stretch that could run alone."""
+    return []
 
 
 @pytest.mark.once
@@ -286,6 +287,29 @@ def test_a_host_that_keeps_the_wrong_keys_runs_whole(
         return
     found = cm.attention_knockout(model, given.tokens, **options)
     torch.testing.assert_close(found.changes, expected.changes, atol=1e-12, rtol=0)
+
+
+@pytest.mark.once
+def test_one_text_whose_keys_are_wrong_runs_all_whole(
+    causal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["the keys to the cabinet", "the key"]
+    options: dict[str, Any] = {"target": " is", "sources": [1, 2]}
+    expected = cm.attention_knockout(causal, texts, **options)
+    plain = ModelView.run
+
+    def run(view: ModelView, batch: Batch, *args: Any, **others: Any) -> Any:
+        if batch.past is not None and batch.main.ids.shape[1] == 2:
+            batch = replace(batch, main=batch.main.each(lambda ids: ids.flip(1)))
+        return plain(view, batch, *args, **others)
+
+    monkeypatch.setattr(ModelView, "run", run)
+    ran = shapes_of_runs(monkeypatch)
+    found = cm.attention_knockout(causal, texts, **options)
+    cuts = found.changes[0].numel()
+    first = ran.index((1, 5))
+    assert ran[first:] == [(1, 5), (1, 1), (cuts, 1), (1, 2), (1, 1), (2 * cuts, 6)]
+    torch.testing.assert_close(found.changes, expected.changes, atol=1e-5, rtol=0)
 
 
 @pytest.mark.once

@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_contextmix.adapters.passes import Pass
 from tl_contextmix.adapters.questions import Question
 from tl_contextmix.core.blocks import Batch
-from tl_contextmix.core.model_view import Edit
+from tl_contextmix.core.model_view import Edit, ModelView
 from tl_contextmix.engine.edited_runs import row_bytes, run_bytes
 
 # Runs a batch with edits; returns the logits.
@@ -63,8 +63,8 @@ def copied_runs(
     copies: int,
     max_bytes: int,
     whole: Run,
-) -> list[CopiedRuns]:
-    """Returns runs whose edits change what some positions read, for every prediction once.
+) -> Iterator[CopiedRuns]:
+    """Yields runs whose edits change what some positions read; of a prediction, the last counts.
 
     Positions before the first of these stay as they are. Where the host keeps keys and values, only
     those from there to the last prediction run, sentences of one length together, if that is less
@@ -80,63 +80,55 @@ def copied_runs(
         max_bytes: Memory for the copies that run together.
         whole: Runs copies of the sentences as they were given.
     """
-    found = _from_the_first_change(forward_pass, question, changed, logits, copies, max_bytes)
-    if found is not None:
-        return found
+    groups = _stretches(forward_pass.view, question, changed, copies)
+    for rows, targets, sources in groups:
+        wanted = logits[rows, targets]
+        runs = _later_runs(forward_pass, question, rows, targets, sources, wanted, max_bytes)
+        if runs is None:
+            break
+        yield runs
+    else:
+        if groups:
+            return
     # Hooks may count on the sentences that were given.
     hooked = forward_pass.view.hooked()
-    return [
-        CopiedRuns(
-            question,
-            places=[*range(len(question.rows))],
-            rows=[*range(len(question.batch.main.ids))],
-            targets=slice(None),
-            sources=slice(None),
-            at_once=1 if hooked else max(1, max_bytes // run_bytes(forward_pass)),
-            run=whole,
-            uncut=question.read(logits),
-        )
-    ]
+    yield CopiedRuns(
+        question,
+        places=[*range(len(question.rows))],
+        rows=[*range(len(question.batch.main.ids))],
+        targets=slice(None),
+        sources=slice(None),
+        at_once=1 if hooked else max(1, max_bytes // run_bytes(forward_pass)),
+        run=whole,
+        uncut=question.read(logits),
+    )
 
 
-def _from_the_first_change(
-    forward_pass: Pass,
-    question: Question,
-    changed: Bool[Tensor, "batch target"],
-    logits: Float[Tensor, "batch pos d_vocab"],
-    copies: int,
-    max_bytes: int,
-) -> list[CopiedRuns] | None:
-    """Returns runs of no more positions than are needed; None where the host cannot."""
-    view, batch = forward_pass.view, question.batch
+def _stretches(
+    view: ModelView, question: Question, changed: Bool[Tensor, "batch target"], copies: int
+) -> list[tuple[list[int], slice, slice]]:
+    """Returns sentences of one length, the positions that have to run, and what these can read.
+
+    Nothing where all positions have to, or nearly all.
+    """
+    batch = question.batch
     causal = [*view.stacks] == ["decoder"] and all(block.attentions for block in view.blocks())
     if view.past is None or not causal or batch.further or view.hooked():
-        return None
+        return []
     run_at = changed.clone()
     run_at[question.sentences, question.rows] = True
+    asked = [*zip(question.sentences.tolist(), question.rows.tolist(), strict=True)]
     found = []
-    places = [*zip(question.sentences.tolist(), question.rows.tolist(), strict=True)]
     for rows, columns in _equally_long(batch.main.mask):
-        # What comes after the last prediction changes none.
-        sources = slice(columns.start, 1 + max(row for one, row in places if one in rows))
         start = int(run_at[rows].any(dim=0).int().argmax())
-        targets = slice(start, sources.stop)
-        before, after = start - columns.start, sources.stop - start
+        # What comes after the last prediction changes none.
+        stop = 1 + max(pos for row, pos in asked if row in rows)
+        before, after = start - columns.start, stop - start
         # The positions before, and a run without a cut, come first.
         saved = copies * (columns.stop - columns.start - after) - before - after
         if min(before, saved) <= 0 or not bool(batch.main.mask[rows, columns].all()):
-            return None
-        try:
-            runs = _later_positions(
-                forward_pass, question, rows, targets, sources, logits[rows, targets], max_bytes
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # of a host that keeps nothing, or not this way
-            return None
-        if runs is None:
-            return None
-        found.append(runs)
+            return []
+        found.append((rows, slice(start, stop), slice(columns.start, stop)))
     return found
 
 
@@ -150,7 +142,7 @@ def _equally_long(mask: Bool[Tensor, "batch pos"]) -> Iterator[tuple[list[int], 
         yield rows, slice(*columns)
 
 
-def _later_positions(
+def _later_runs(
     forward_pass: Pass,
     question: Question,
     rows: list[int],
@@ -159,7 +151,7 @@ def _later_positions(
     logits: Float[Tensor, "row target d_vocab"],
     max_bytes: int,
 ) -> CopiedRuns | None:
-    """Returns runs of some positions of equally long sentences; the host keeps what they read.
+    """Returns runs of some positions of sentences of one length; the host keeps what they read.
 
     None if without a change they do not have these logits, those of the whole pass.
     """
@@ -168,8 +160,6 @@ def _later_positions(
     past = view.past(len(rows))
     earlier = question.batch.each(lambda ids: ids[rows, sources.start : targets.start])
     last = [attention.pattern for block in view.blocks() for attention in block.attentions][-1:]
-    # It ends with the last pattern: by then all keys and values are there.
-    view.run(replace(earlier, past=lambda: past(0)), last, logits=False)
 
     def run(batch: Batch, edits: Mapping[str, Edit]) -> Tensor:
         copies = len(batch.main.ids) // len(rows)
@@ -187,7 +177,14 @@ def _later_positions(
         rows=some.rows - targets.start,
     )
     length = sources.stop - sources.start
-    found = _alike(forward_pass, run, own.batch, length, logits)
+    try:
+        # It ends with the last pattern: by then all keys and values are there.
+        view.run(replace(earlier, past=lambda: past(0)), last, logits=False)
+        found = _alike(forward_pass, run, own.batch, length, logits)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # of a host that keeps nothing, or not this way
+        return None
     if found is None:
         return None
     kept = sum(2 * length * block.d_model for block in view.blocks()) * view.dtype.itemsize

@@ -116,19 +116,19 @@ def attention_knockout(
         output = _logits(forward_pass, {})
         logits = question.read(output)
         contrast = question.contrast(logits)
-        every = copied_runs(forward_pass, question, readers, output, len(cuts), max_bytes, whole)
         before = logits.new_empty(2, len(logits))
-        for runs in every:
-            before[:, runs.places] = _scores(contrast.at(runs.places), runs.uncut)
-        scores = before.new_empty(2, len(cuts), len(logits))
-        parts = [(runs, part) for runs in every for part in blocks(len(cuts), runs.at_once)]
-        for runs, part in tqdm(
-            parts, desc="attention_knockout", delay=2, leave=False, disable=None
+        scores = logits.new_empty(2, len(cuts), len(logits))
+        for runs in copied_runs(
+            forward_pass, question, readers, output, len(cuts), max_bytes, whole
         ):
-            some, edges = cuts[part], runs.edges(members, readers)
-            read = runs.read(len(some), _edits(forward_pass, *edges, some))
-            both = _scores(contrast.at(runs.places).repeat(len(some)), read)
-            scores[:, part, runs.places] = both.view(2, len(some), -1)
+            asked, edges = contrast.at(runs.places), runs.edges(members, readers)
+            before[:, runs.places] = _scores(asked, runs.uncut)
+            parts = [cuts[part] for part in blocks(len(cuts), runs.at_once)]
+            each = []
+            for some in tqdm(parts, desc="attention_knockout", delay=2, leave=False, disable=None):
+                read = runs.read(len(some), _edits(forward_pass, *edges, some))
+                each.append(_scores(asked.repeat(len(some)), read).view(2, len(some), -1))
+            scores[:, :, runs.places] = torch.cat(each, dim=1)
     sizes = (2, len(windows), len(names), members.shape[1], len(logits))
     log_probs, probs = scores.view(sizes).movedim(-1, 1)
     options = {
