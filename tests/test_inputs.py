@@ -323,8 +323,8 @@ def test_a_text_is_what_its_tokenizer_makes_of_it(case: zoo.Case, tmp_path: Path
             if shift is not None:
                 # mBART's would start with what ends the labels; generate starts as set.
                 shifted = [start, *shift(labels=torch.tensor([labels]))[0].tolist()[1:]]
-                # It keeps the end in front of them, which no text that goes on has.
-                shifted = shifted[: 1 + len(expected) - len(ending)]
+            # What is left of the end of a text has no place in one that goes on.
+            shifted = shifted[: 1 + len(expected) - len(ending)]
             assert view.encode_decoder("the x cat y") == shifted, (frame, bos, by_name)
             assert [token for token in shifted if token in words] == words
 
