@@ -33,7 +33,11 @@ def has_adapters(module: nn.Module) -> bool:
 
 
 def _is_adapter(module: nn.Module | None) -> bool:
-    layer = getattr(module, "original_component", None)
+    return wraps(getattr(module, "original_component", None))
+
+
+def wraps(layer: Any) -> bool:
+    """Whether a layer is PEFT's, around one of the model's own."""
     return callable(getattr(layer, "get_base_layer", None))
 
 
@@ -44,7 +48,7 @@ def adapted(held: nn.Module | None) -> bool:
 
 def unmerged(layer: Any) -> bool:
     """Whether a layer computes with adapters (PEFT) that are not merged into its weight."""
-    if not callable(getattr(layer, "get_base_layer", None)):
+    if not wraps(layer):
         return False
     if getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False):
         return False

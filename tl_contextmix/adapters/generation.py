@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters.handles import Handle
+from tl_contextmix.adapters.past import empty_cache
 from tl_contextmix.adapters.running import lock_of
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.errors import UnsupportedModel, reason
@@ -93,11 +94,3 @@ def _greedy(model: Any, batch: Batch, count: int, device: torch.device) -> list[
         sides[-1] = torch.cat([sides[-1], token], dim=1)
         result.append(int(token))
     return result
-
-
-def empty_cache() -> Any:
-    """Returns an empty cache of a decoder's keys and values."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
-    return EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -72,3 +72,11 @@ def _begin_in_hooked(handle: Handle, rows: int) -> Past:
 def _times(copies: int, x: Tensor) -> Tensor:
     """Returns copies of all rows, one after the other; of a single row without copying it."""
     return x[None].expand(copies, *x.shape).flatten(0, 1)
+
+
+def empty_cache() -> Any:
+    """Returns an empty cache of a decoder's keys and values."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_contextmix.adapters.inputs.crops import real_columns
 from tl_contextmix.adapters.passes import Pass
 from tl_contextmix.adapters.questions import Question
 from tl_contextmix.core.blocks import Batch
@@ -135,9 +136,8 @@ def _stretches(
 def _equally_long(mask: Bool[Tensor, "batch pos"]) -> Iterator[tuple[list[int], slice]]:
     """Yields the numbers of sentences in the same columns, and these."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for row, real in enumerate(mask.tolist()):
-        columns = [column for column, one in enumerate(real) if one]
-        groups.setdefault((columns[0], columns[-1] + 1), []).append(row)
+    for row, columns in enumerate(real_columns(mask)):
+        groups.setdefault(columns, []).append(row)
     for columns, rows in groups.items():
         yield rows, slice(*columns)
 

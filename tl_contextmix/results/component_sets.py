@@ -16,7 +16,6 @@ from tl_contextmix.plotting.panels import Heatmap, Table
 from tl_contextmix.results.axes import as_array, largest, require_place
 from tl_contextmix.results.base import tensor_axes
 from tl_contextmix.results.components import (
-    COLUMNS,
     ERRORS,
     FEATURES,
     KINDS,
@@ -164,7 +163,7 @@ class ComponentSet(LabelledArray):
                 "kind": np.array(KINDS, dtype=object)[as_array(self.components.kind).reshape(-1)],
                 **{
                     name: as_array(getattr(self.components, name)).reshape(-1)
-                    for name in self._place_columns()
+                    for name in self.components.named()
                 },
             }
         )
@@ -178,11 +177,6 @@ class ComponentSet(LabelledArray):
         if sentence is not None:
             frame.insert(1, "sentence", as_array(sentence)[frame.batch])
         return frame
-
-    def _place_columns(self) -> tuple[str, ...]:
-        """Returns the columns that have a meaning: that of experts where there are any."""
-        experts = bool((self.components.expert >= 0).any())
-        return COLUMNS if experts else tuple(name for name in COLUMNS if name != "expert")
 
     def _read(self) -> dict[str, Tokens]:
         """Returns the tokens that each kind of attention reads."""
@@ -205,7 +199,7 @@ class ComponentSet(LabelledArray):
         at = ("batch", "component")
         kinds = [[KINDS[place] for place in row] for row in self.components.kind.tolist()]
         places = {"component_kind": (at, kinds)}
-        for name in self._place_columns():
+        for name in self.components.named():
             places[f"component_{name}"] = (at, as_array(getattr(self.components, name)))
         return super().to_xarray().assign_coords(places)
 

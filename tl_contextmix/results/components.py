@@ -112,6 +112,11 @@ class Components:
         pairs = zip(vars(others).values(), vars(self).values(), strict=True)
         return Components(*(torch.where(which, new, old) for new, old in pairs))
 
+    def named(self, columns: tuple[str, ...] = COLUMNS) -> tuple[str, ...]:
+        """Returns the columns that have a meaning: that of experts where there are any."""
+        experts = bool((self.expert >= 0).any())
+        return tuple(name for name in columns if experts or name != "expert")
+
     def at(self, row: int, place: int) -> dict[str, Any]:
         """Returns one component as names and values; None where a column has no meaning."""
         found = {name: int(getattr(self, name)[row, place]) for name in COLUMNS}

@@ -288,9 +288,7 @@ class ContextMap(LabelledArray):
         """
         require_choice("way to merge rows", rows, ("mean", "max"))
         require_choice("way to merge columns", columns, ("sum", "max"))
-        given: Any = spans
-        if per_second is not None:
-            given = frames_of(spans, per_second, self.source.ids.shape[1])
+        given = self._given(spans, per_second)
         target, source = (
             tokens.words()
             if given is None
@@ -396,9 +394,7 @@ class ContextMap(LabelledArray):
         Raises:
             InvalidInput: If a text is not there, a stretch covers no token, or stretches overlap.
         """
-        given: Any = spans
-        if per_second is not None:
-            given = frames_of(spans, per_second, self.source.ids.shape[1])
+        given = self._given(spans, per_second)
         source = self.source.spans(given)
         scores = _merged(self.scores, self.source, source, "sum")
         return replace(self, scores=scores, source=self.source.join(source))
@@ -558,6 +554,11 @@ class ContextMap(LabelledArray):
         if len(self.heads) == 1:
             return tuple(f"layer {name}" for name in self.layer_names)
         return tuple(f"L{layer}H{head}" for layer in self.layers for head in self.heads)
+
+    def _given(self, spans: Any, per_second: int | float | None) -> Any:
+        """Returns stretches of sources as they were given, or the frames of times in a sound."""
+        length = self.source.ids.shape[1]
+        return spans if per_second is None else frames_of(spans, per_second, length)
 
     def _caption(self) -> str:
         """Returns how to read a map."""

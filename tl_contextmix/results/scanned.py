@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Level = Literal["layer", "head", "ff_neuron"]
 LEVELS: tuple[Level, ...] = ("layer", "head", "ff_neuron")
+_PLACE = ("layer", "head", "neuron", "expert")
 
 
 @storage.storable
@@ -168,7 +169,7 @@ class Scan(LabelledArray):
             one = self.components.at(0, place)
             numbers = {"mean": self.mean[0], "low": low, "high": high, "mean_rank": self.mean_rank}
             values = {n: float(v.reshape(-1)[place]) for n, v in numbers.items()}
-            where = {name: one[name] for name in self._place_columns()}
+            where = {name: one[name] for name in self.components.named(_PLACE)}
             rows.append({"component": self.components.label(0, place), **where, **values})
         return rows
 
@@ -257,12 +258,8 @@ class Scan(LabelledArray):
             "component": [table.label(0, place) for place in range(table.shape[1])],
             "level": [LEVELS[level] for level in levels.tolist()],
             "kind": [KINDS[kind] for kind in table.kind[0].tolist()],
-            **{name: getattr(table, name)[0].tolist() for name in self._place_columns()},
+            **{name: getattr(table, name)[0].tolist() for name in table.named(_PLACE)},
         }
-
-    def _place_columns(self) -> tuple[str, ...]:
-        """Returns the columns that have a meaning: that of experts where there are any."""
-        return ("layer", "head", "neuron", *["expert"] * bool((self.components.expert >= 0).any()))
 
     # Words and pictures
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.generation import empty_cache
+from tl_contextmix.adapters.past import empty_cache
 from tl_contextmix.adapters.running import lock_of
 from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.errors import InvalidInput, UnsupportedModel

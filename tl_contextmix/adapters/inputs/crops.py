@@ -64,7 +64,7 @@ def crops(view: ModelView, batch: Batch) -> tuple[Crop, ...]:
     if view.hooked(backward=True):
         return ()
     sides = [batch.main] if batch.decoder is None else [batch.main, batch.decoder]
-    found = [_bounds(side.mask) for side in sides]
+    found = [real_columns(side.mask) for side in sides]
     bounds = [*zip(*found, strict=True)]
     exact = bool(unsafe_padding(view, batch.main, placed="position_ids" in batch.further))
     layers = sum(len(blocks) for blocks in view.stacks.values())
@@ -84,7 +84,7 @@ def crops(view: ModelView, batch: Batch) -> tuple[Crop, ...]:
     return () if len(groups) == 1 and [*groups[0].bounds] == whole else parts
 
 
-def _bounds(mask: Bool[Tensor, "batch pos"]) -> list[tuple[int, int]]:
+def real_columns(mask: Bool[Tensor, "batch pos"]) -> list[tuple[int, int]]:
     """Returns the columns of each row from its first real token to its last."""
     first = mask.int().argmax(dim=1).tolist()
     after = mask.flip(1).int().argmax(dim=1).tolist()

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from tl_contextmix.adapters.attention_weights import active_in
+from tl_contextmix.adapters.attention_weights import active_in, wraps
 from tl_contextmix.adapters.loading.bridge import load_bridge
 from tl_contextmix.adapters.loading.hooked import load_hooked
 from tl_contextmix.adapters.loading.source import (
@@ -228,7 +228,7 @@ def _left_out(layer: Any) -> bool:
 def _untie(model: Any) -> None:
     """Gives layers that have adapters weights of their own: others that are tied have none."""
     for layer in [*model.modules()]:
-        if callable(getattr(layer, "get_base_layer", None)):
+        if wraps(layer):
             base = layer.get_base_layer()
             for name, weight in [*base.named_parameters(recurse=False)]:
                 own = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
@@ -240,7 +240,7 @@ def _unloaded(model: Any) -> Any:
     for name, layer in [*model.named_children()]:
         if callable(unload := getattr(layer, "unload_and_optionally_merge_module", None)):
             setattr(model, name, unload(merge=True, safe_merge=False, adapter_names=None))
-        elif callable(getattr(layer, "get_base_layer", None)):
+        elif wraps(layer):
             layer.merge()
             setattr(model, name, layer.get_base_layer())
         else:
